@@ -1,0 +1,43 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+THREADS ?= 2
+
+.PHONY: venv demo test test-all check format mutants docs clean
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,plot,images]"
+	touch $@
+
+demo: venv
+	$(BIN)/regard compare --task recall --out runs/demo --threads $(THREADS)
+
+test: venv
+	$(BIN)/python -m pytest -n $(THREADS) -m "not slow"
+
+test-all: venv
+	$(BIN)/python -m pytest -n $(THREADS)
+	$(MAKE) mutants
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+mutants: venv
+	$(BIN)/python -m pytest -q -n $(THREADS) tests/mutants.py
+
+docs: venv
+	$(BIN)/python -m regard.cli.methods docs/methods.md
+
+clean:
+	rm -rf $(VENV) runs build dist

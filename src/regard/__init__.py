@@ -1,0 +1,49 @@
+"""regard: attention mechanisms behind one call, and what every head does with them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ArgumentError": "regard.core.errors",
+    "Call": "regard.core.call",
+    "Causal": "regard.core.mask",
+    "Document": "regard.masks.document",
+    "Result": "regard.core.call",
+    "Sinks": "regard.masks.sinks",
+    "UnknownNameError": "regard.core.errors",
+    "UnsupportedError": "regard.core.errors",
+    "Window": "regard.masks.window",
+    "card": "regard.core.catalog",
+    "cards": "regard.core.catalog",
+    "create": "regard.build",
+    "merge": "regard.core.merge",
+}
+
+if TYPE_CHECKING:
+    from regard.build import create as create
+    from regard.core.call import Call as Call
+    from regard.core.call import Result as Result
+    from regard.core.catalog import card as card
+    from regard.core.catalog import cards as cards
+    from regard.core.errors import ArgumentError as ArgumentError
+    from regard.core.errors import UnknownNameError as UnknownNameError
+    from regard.core.errors import UnsupportedError as UnsupportedError
+    from regard.core.mask import Causal as Causal
+    from regard.core.merge import merge as merge
+    from regard.masks.document import Document as Document
+    from regard.masks.sinks import Sinks as Sinks
+    from regard.masks.window import Window as Window
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regard' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, "__version__"])

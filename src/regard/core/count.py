@@ -1,0 +1,88 @@
+"""Counted cost: floating-point operations of a call, from the operations it really runs, not from
+seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+_FREE = {
+    "view",
+    "reshape",
+    "expand",
+    "transpose",
+    "permute",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+    "alias",
+}
+_FREE |= {
+    "as_strided",
+    "t",
+    "empty",
+    "unbind",
+    "split",
+    "_unsafe_view",
+    "lift_fresh",
+    "_reshape_alias",
+    "split_with_sizes",
+}
+_FREE |= {
+    "_local_scalar_dense",
+    "empty_like",
+    "new_empty",
+    "diagonal",
+    "unfold",
+    "view_as_real",
+    "view_as_complex",
+}
+
+
+class _Elements(TorchDispatchMode):
+    """Counts one operation per element that a non-view, non-matmul operation writes or reduces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in _FREE:
+            self.total += max(_largest(out), _largest(args))
+        return out
+
+
+def _largest(values: Any) -> int:
+    if isinstance(values, torch.Tensor):
+        return values.numel()
+    if isinstance(values, (tuple, list)):
+        return max((_largest(v) for v in values), default=0)
+    return 0
+
+
+class count_flops:
+    """Context manager; afterwards `flops` holds the operations run inside, forward and backward
+    alike.
+
+    Matrix products and convolutions count two per multiply–add, everything else one per element
+    touched.
+    """
+
+    def __enter__(self) -> count_flops:
+        self._matmul = FlopCounterMode(display=False)
+        self._elements = _Elements()
+        self._matmul.__enter__()
+        self._elements.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._elements.__exit__(*exc)
+        self._matmul.__exit__(*exc)
+        self.flops = self._matmul.get_total_flops() + self._elements.total

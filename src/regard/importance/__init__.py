@@ -1,0 +1,1 @@
+"""What ranks keys, blocks or tokens, one idea per file."""

@@ -1,0 +1,1 @@
+"""Mechanisms with parameters on tokens (B, N, C), one file each."""

@@ -1,0 +1,1 @@
+"""Masks of the algebra, one idea per file."""

@@ -1,0 +1,29 @@
+"""Window: a query sees keys less than `size` positions away; with Causal, exactly the last `size`
+keys, its own included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from regard.core.errors import ArgumentError
+from regard.core.mask import Mask, Pairs
+
+
+@dataclass(frozen=True)
+class Window(Mask):
+    """|query - key| < size, in absolute positions."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ArgumentError("Window.size", "at least 1", self.size)
+
+    def visible(self, pairs: Pairs) -> Tensor:
+        return (pairs.query - pairs.key).abs() < self.size
+
+    def alive(self, pairs: Pairs) -> Tensor:
+        return pairs.key > pairs.query - self.size

@@ -1,0 +1,1 @@
+"""Finished mechanisms on q, k, v, one file each."""

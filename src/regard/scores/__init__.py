@@ -1,0 +1,1 @@
+"""Normalisers and score modifications, one idea per file."""
