@@ -37,7 +37,8 @@ mutants: venv
 	$(BIN)/python -m pytest -q -n $(THREADS) tests/mutants.py
 
 docs: venv
-	$(BIN)/python -m regard.cli.methods docs/methods.md
+	$(BIN)/python -c "from pathlib import Path; \
+	from regard.report.methods import write_pages; write_pages(Path('.'))"
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -48,7 +48,7 @@ def test_golden(name: str, golden: Golden, case: dict[str, Any] | None) -> None:
 
 
 def same_as(got: Any, expected: Any, what: str) -> None:
-    """Compare nested tensors and numbers: integers and booleans exactly, floats by their precision."""
+    """Compare nested values: integers and booleans exactly, floats by their precision."""
     if isinstance(expected, dict):
         assert set(got) == set(expected), what
         for key in expected:

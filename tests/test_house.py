@@ -1,4 +1,4 @@
-"""The law of the house, read from the source: imports one way, sizes, duplicates, no side effects."""
+"""The law of the house, read from the source: imports, sizes, duplicates, side effects."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {"core", *PARTS, "operators", "layers", "build"},
     "cli": {"core", "layers", "build", "backbones", "tasks", "bench", "report", "testing"},
 }
+OPEN_ENDED = {"create", "task", "but", "call"}
+"""Functions whose keywords are options by name, or fields of a record."""
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "base"}
 
 
@@ -67,9 +69,10 @@ def test_file(path: Path) -> None:
         length = (function.end_lineno or 0) - function.lineno + 1
         assert length <= 60, f"{function.name} has {length} lines"
         arguments = function.args
+        names = [a.arg for a in arguments.args]
         count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
-        assert count <= 12, f"{function.name} takes {count} arguments"
-        assert arguments.kwarg is None or function.name in ("create", "but"), function.name
+        assert count - (names[:1] == ["self"]) <= 10, f"{function.name} takes {count} arguments"
+        assert arguments.kwarg is None or function.name in OPEN_ENDED, function.name
 
 
 def test_no_two_functions_share_six_lines() -> None:
@@ -79,7 +82,11 @@ def test_no_two_functions_share_six_lines() -> None:
     for path in FILES:
         for function in functions(ast.parse(path.read_text())):
             body = [line for node in function.body for line in ast.unparse(node).splitlines()]
-            body = [line.strip() for line in body if not line.strip().startswith(('"""', "'''", "'", '"'))]
+            body = [
+                line.strip()
+                for line in body
+                if not line.strip().startswith(('"""', "'''", "'", '"'))
+            ]
             where = f"{path.relative_to(SOURCE)}:{function.name}"
             for start in range(len(body) - 5):
                 key = "\n".join(body[start : start + 6])
@@ -124,6 +131,8 @@ def test_card_is_complete(name: str) -> None:
 
 
 def test_methods_table_is_up_to_date() -> None:
-    from regard.report.methods import methods_page
+    from regard.report.methods import methods_page, with_status
 
     assert (ROOT / "docs" / "methods.md").read_text() == methods_page(), "run `make docs`"
+    readme = (ROOT / "README.md").read_text()
+    assert readme == with_status(readme), "run `make docs`"

@@ -30,7 +30,7 @@ class Call:
             query.
         padding: boolean (B, M), True = real key. The content of padded tokens never matters.
         query_padding: boolean (B, N), True = real query; padded queries give zeros.
-        query_positions: integers (N,) or (B, N); default: those of the last N keys.
+        query_positions: integers (N,) or (B, N); default: those of the last N real keys.
         key_positions: integers (M,) or (B, M); default: the number of real keys before each.
         grid: shape of the token grid, (length,), (h, w) or (t, h, w), row-major, after `prefix`
             tokens.
@@ -39,6 +39,7 @@ class Call:
         layer, layers: index of this layer and their number.
         roles: boolean (B, M) tensors that name kinds of keys ("landmark", "image", "sink", ...).
         step: decoding step, None outside decoding.
+        embeddings: (B, N, C) token embeddings of the input, for layers that read them again.
         notes: a dictionary that mechanisms fill with named by-products (auxiliary losses, gates).
     """
 
@@ -54,6 +55,7 @@ class Call:
     layers: int = 1
     roles: Mapping[str, Tensor] = field(default_factory=dict)
     step: int | None = None
+    embeddings: Tensor | None = None
     notes: dict[str, list[Any]] | None = None
 
     def but(self, **changes: Any) -> Call:
@@ -72,21 +74,21 @@ class Call:
     def positions(self, n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Absolute positions of queries (B or 1, N) and keys (B or 1, M).
 
-        Unless given, a key's position is the number of real keys before it, so left and right
-        padding mean the same, and the last N keys are the queries' own: causal attention is aligned
-        bottom-right.
+        Unless given, a key's position is the number of real keys before it (on a grid: its cell),
+        so left and right padding mean the same, and the last N keys are the queries' own: causal
+        attention is aligned bottom-right.
         """
         if self.key_positions is not None:
             keys = _as_rows(self.key_positions, "key_positions", m)
-        elif self.padding is not None:
+        elif self.padding is not None and self.grid is None:
             keys = (self.padding.cumsum(-1) - 1).clamp_min(0)
         else:
             keys = torch.arange(m, device=device)[None]
         if self.query_positions is not None:
             return _as_rows(self.query_positions, "query_positions", n), keys
-        if n <= m:
+        if n == m or (n < m and self.padding is None):
             return keys[:, m - n :], keys
-        last = keys[:, -1:] if m else torch.full((1, 1), -1, device=device)
+        last = keys.amax(-1, keepdim=True) if m else torch.full((1, 1), -1, device=device)
         return last + torch.arange(1 - n, 1, device=device), keys
 
     def frame(self, q: Tensor, k: Tensor) -> Frame:
@@ -117,3 +119,14 @@ class Result:
     output: Tensor
     lse: Tensor | None = None
     state: Any = None
+
+    @property
+    def row_lse(self) -> Tensor:
+        """The log-sum-exp (B,H,N), which must have been asked for.
+
+        Raises:
+            ArgumentError: it was not.
+        """
+        if self.lse is None:
+            raise ArgumentError("lse", "a log-sum-exp (ask for it with need_lse=True)", None)
+        return self.lse

@@ -45,6 +45,9 @@ _FREE |= {
 }
 
 
+_READS = {"index", "gather", "index_select", "embedding", "take"}
+
+
 class _Elements(TorchDispatchMode):
     """Counts one operation per element that a non-view, non-matmul operation writes or reduces."""
 
@@ -54,8 +57,9 @@ class _Elements(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ not in _FREE:
-            self.total += max(_largest(out), _largest(args))
+        name = func.overloadpacket.__name__
+        if name not in _FREE:
+            self.total += max(_largest(out), 0 if name in _READS else _largest(args))
         return out
 
 
@@ -67,16 +71,51 @@ def _largest(values: Any) -> int:
     return 0
 
 
+def _fused_forward(
+    query: Any,
+    key: Any,
+    value: Any,
+    *rest: Any,
+    attn_mask: Any = None,
+    scale: Any = None,
+    out_shape: Any = None,
+) -> int:
+    """Two products over all pairs; arguments arrive as shapes."""
+    batch, heads, n, width = query
+    return 2 * batch * heads * n * key[2] * (width + value[3])
+
+
+def _fused_backward(
+    gradient: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    *rest: Any,
+    attn_mask: Any = None,
+    scale: Any = None,
+    out_shape: Any = None,
+) -> int:
+    """Scores again, then four products: gradients of weights, values, queries and keys."""
+    batch, heads, n, width = query
+    return 2 * batch * heads * n * key[2] * (3 * width + 2 * value[3])
+
+
+_FUSED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_backward,
+}
+
+
 class count_flops:
     """Context manager; afterwards `flops` holds the operations run inside, forward and backward
     alike.
 
     Matrix products and convolutions count two per multiply–add, everything else one per element
-    touched.
+    read or written.
     """
 
     def __enter__(self) -> count_flops:
-        self._matmul = FlopCounterMode(display=False)
+        self._matmul = FlopCounterMode(display=False, custom_mapping=_FUSED)
         self._elements = _Elements()
         self._matmul.__enter__()
         self._elements.__enter__()

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from regard.core.blocks import BlockMap, Tiles, block_map
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -24,7 +27,7 @@ class Pairs:
     b, h: batch and query-head index. query_index, key_index: rows of the present tensors. query,
     key: absolute positions.
     heads: number of query heads. grid, prefix: shape of the token grid and number of tokens before
-    it.
+    it. length: tokens of each pair's sequence, one more than its last key's position.
     """
 
     b: Tensor
@@ -34,6 +37,7 @@ class Pairs:
     query: Tensor
     key: Tensor
     heads: int
+    length: Tensor
     grid: tuple[int, ...] | None = None
     prefix: int = 0
 
@@ -52,52 +56,40 @@ class Frame:
     grid: tuple[int, ...] | None = None
     prefix: int = 0
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence (B or 1,): one more than the last key's position."""
+        keys = self.key_positions
+        return keys.amax(-1) + 1 if keys.shape[-1] else keys.new_zeros(keys.shape[0])
+
     def at(self, b: Tensor, h: Tensor, query_index: Tensor, key_index: Tensor) -> Pairs:
         """Pairs at the given indices, which must broadcast against each other."""
         query, key = (
             _look_up(self.query_positions, b, query_index),
             _look_up(self.key_positions, b, key_index),
         )
-        return Pairs(b, h, query_index, key_index, query, key, self.heads, self.grid, self.prefix)
+        length = self.lengths[0] if self.lengths.shape[0] == 1 else self.lengths[b]
+        return Pairs(
+            b, h, query_index, key_index, query, key, self.heads, length, self.grid, self.prefix
+        )
 
     def all(self) -> Pairs:
         """Every pair: tensors that broadcast to (B, H, N, M)."""
+        return self.rows(0, self.query_positions.shape[-1])
+
+    def rows(self, start: int, stop: int) -> Pairs:
+        """Pairs of the queries start..stop-1 with every key: (B, H, stop - start, M)."""
         device = self.key_positions.device
-        n, m = self.query_positions.shape[-1], self.key_positions.shape[-1]
         return self.at(
             torch.arange(self.batch, device=device)[:, None, None, None],
             torch.arange(self.heads, device=device)[:, None, None],
-            torch.arange(n, device=device)[:, None],
-            torch.arange(m, device=device),
+            torch.arange(start, stop, device=device)[:, None],
+            torch.arange(self.key_positions.shape[-1], device=device),
         )
-
-    def rows(self, start: int, stop: int) -> Frame:
-        """The same frame for queries start..stop-1."""
-        part = self.query_positions[:, start:stop]
-        return Frame(self.batch, self.heads, part, self.key_positions, self.grid, self.prefix)
 
 
 def _look_up(positions: Tensor, b: Tensor, index: Tensor) -> Tensor:
     return positions[0][index] if positions.shape[0] == 1 else positions[b, index]
-
-
-@dataclass(frozen=True)
-class BlockMap:
-    """Blocks of a mask: `some` marks blocks with a visible pair, `full` those where every pair is
-    visible.
-
-    Both are boolean (B or 1, H or 1, ceil(N / block), ceil(M / block)); a ragged last block counts
-    only real pairs.
-    """
-
-    some: Tensor
-    full: Tensor
-    block: int
-
-    @property
-    def density(self) -> float:
-        """Fraction of blocks that must be computed."""
-        return self.some.float().mean().item()
 
 
 class Mask:
@@ -115,6 +107,12 @@ class Mask:
         """
         return torch.ones_like(pairs.query + pairs.key, dtype=torch.bool)
 
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        """Two booleans that broadcast to (B, H, nq, nk): may a pair of the block be visible, and
+        surely all of them. Both may err to the safe side: the first to True, the second to False.
+        """
+        return tiles.unknown
+
     def __and__(self, other: Mask) -> Mask:
         return Both(self, other)
 
@@ -126,11 +124,13 @@ class Mask:
 
     def dense(self, frame: Frame) -> Tensor:
         """Boolean matrix, (B or 1, H or 1, N, M)."""
-        found = self.visible(frame.all())
+        return self.rows(frame, 0, frame.query_positions.shape[-1])
+
+    def rows(self, frame: Frame, start: int, stop: int) -> Tensor:
+        """The rows of the queries start..stop-1, (B or 1, H or 1, stop - start, M)."""
+        found = self.visible(frame.rows(start, stop))
         found = found[(None,) * (4 - found.ndim)]
-        return found.expand(
-            *found.shape[:2], frame.query_positions.shape[-1], frame.key_positions.shape[-1]
-        )
+        return found.expand(*found.shape[:2], stop - start, frame.key_positions.shape[-1])
 
     def mask_mod(self, frame: Frame) -> MaskMod:
         """The same predicate with flex_attention's signature (b, h, q_idx, kv_idx)."""
@@ -141,20 +141,8 @@ class Mask:
         return mod
 
     def blocks(self, frame: Frame, block: int = 128) -> BlockMap:
-        """Block map, built one row of blocks at a time, so that no N x M matrix is held."""
-        n, m = frame.query_positions.shape[-1], frame.key_positions.shape[-1]
-        some, full = [], []
-        for start in range(0, n, block):
-            seen = self.dense(frame.rows(start, min(start + block, n)))
-            fringe = -m % block
-            some.append(_tiles(seen, fringe, False, block).any(-1).any(2))
-            full.append(_tiles(seen, fringe, True, block).all(-1).all(2))
-        return BlockMap(torch.stack(some, 2), torch.stack(full, 2), block)
-
-
-def _tiles(seen: Tensor, fringe: int, fill: bool, block: int) -> Tensor:
-    padded = torch.nn.functional.pad(seen, (0, fringe), value=fill)
-    return padded.unflatten(-1, (-1, block))
+        """The exact block map for square blocks."""
+        return block_map(self, frame, block)
 
 
 @dataclass(frozen=True)
@@ -170,6 +158,10 @@ class Both(Mask):
     def alive(self, pairs: Pairs) -> Tensor:
         return self.left.alive(pairs) & self.right.alive(pairs)
 
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        (some, full), (more, fuller) = self.left.bounds(tiles), self.right.bounds(tiles)
+        return some & more, full & fuller
+
 
 @dataclass(frozen=True)
 class Either(Mask):
@@ -184,6 +176,10 @@ class Either(Mask):
     def alive(self, pairs: Pairs) -> Tensor:
         return self.left.alive(pairs) | self.right.alive(pairs)
 
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        (some, full), (more, fuller) = self.left.bounds(tiles), self.right.bounds(tiles)
+        return some | more, full | fuller
+
 
 @dataclass(frozen=True)
 class Outside(Mask):
@@ -193,6 +189,10 @@ class Outside(Mask):
 
     def visible(self, pairs: Pairs) -> Tensor:
         return ~self.inner.visible(pairs)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        some, full = self.inner.bounds(tiles)
+        return ~full, ~some
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,9 @@ class Causal(Mask):
     def visible(self, pairs: Pairs) -> Tensor:
         return pairs.key <= pairs.query
 
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        return tiles.key_low <= tiles.query_high, tiles.key_high <= tiles.query_low
+
 
 @dataclass(frozen=True, eq=False)
 class Real(Mask):
@@ -213,6 +216,12 @@ class Real(Mask):
 
     def visible(self, pairs: Pairs) -> Tensor:
         return self.keys[pairs.b, pairs.key_index]
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        size, fringe = tiles.key_block, -self.keys.shape[1] % tiles.key_block
+        some = F.pad(self.keys, (0, fringe)).unflatten(-1, (-1, size)).any(-1)
+        full = F.pad(self.keys, (0, fringe), value=True).unflatten(-1, (-1, size)).all(-1)
+        return some[:, None, None], full[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)

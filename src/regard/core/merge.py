@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from regard.core.call import Result
 from regard.core.errors import ArgumentError
@@ -24,14 +23,7 @@ def merge(parts: Sequence[Result]) -> Result:
     """
     if not parts:
         raise ArgumentError("parts", "at least one result", 0)
-    lses: list[Tensor] = []
-    for index, part in enumerate(parts):
-        if part.lse is None:
-            raise ArgumentError(
-                f"parts[{index}].lse", "a log-sum-exp (ask for it with need_lse=True)", None
-            )
-        lses.append(part.lse)
-    stacked = torch.stack(lses)
+    stacked = torch.stack([part.row_lse for part in parts])
     empty = torch.isneginf(stacked).all(0)
     total = torch.logsumexp(stacked.masked_fill(empty, 0.0), 0)
     shares = torch.exp(stacked - total).masked_fill(empty, 0.0)

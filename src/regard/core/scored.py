@@ -1,17 +1,17 @@
 r"""Scored family: every visible key is scored, a normaliser turns scores into weights.
 
-    s_ij = score(q_i . k_j * scale + bias_j)      a_i = normalise(s_i, visible_i, n_i)      o_i =
-    sum_j a_ij v_j
+    s_ij = score(q_i . k_j * scale + bias_j)
+    a_i = normalise(s_i, visible_i, n_i)
+    o_i = sum_j a_ij v_j
 
 A method is a `Scored` record; `attend` runs it. `dense` is the definition of truth; `sdpa` serves
-plain softmax calls.
+plain softmax calls; `tiled` visits only blocks that somebody sees and never holds an N x M matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,53 +20,50 @@ from torch import Tensor
 from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError, UnsupportedError
-from regard.core.mask import Causal, Mask, Pairs
+from regard.core.mask import Causal
+from regard.core.tiled import Work, fitted_block, run_tiles
+from regard.core.tiling import plan_tiles
+from regard.core.weights import (
+    Normaliser,
+    Scored,
+    ScoreMod,
+    Softmax,
+    group_scores,
+    group_values,
+    masked_lse,
+    modified_scores,
+    normalised,
+    repeat_heads,
+    scale_of,
+)
 
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-Impl = Literal["auto", "dense", "sdpa"]
+__all__ = [
+    "Impl",
+    "Normaliser",
+    "ScoreMod",
+    "Scored",
+    "Softmax",
+    "attend",
+    "group_scores",
+    "group_values",
+    "masked_lse",
+    "modified_scores",
+    "normalised",
+    "repeat_heads",
+    "scale_of",
+    "without_padding",
+]
+
+Impl = Literal["auto", "dense", "sdpa", "tiled"]
+TILED_FROM = 512
+"""Queries and keys from which `auto` prefers tiles to a whole matrix."""
 
 
-class Normaliser(Protocol):
-    """Scores (…,N,M), visibility (broadcastable) and the visible count (…,N,1) to weights;
-    invisible keys weigh zero.
+class Decision(NamedTuple):
+    """Which executor serves a call, and why."""
 
-    kind: "additive" (a plain sum over keys), "online" (running max and sum, so results merge by
-    log-sum-exp) or "two_pass" (a row must be seen twice). A tiled executor reads it.
-    """
-
-    @property
-    def kind(self) -> Literal["additive", "online", "two_pass"]: ...
-
-    def __call__(self, scores: Tensor, visible: Tensor, count: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """exp(s_ij) / sum_j exp(s_ij) over visible keys; a row without any gives zeros."""
-
-    kind: Literal["online"] = "online"
-
-    def __call__(self, scores: Tensor, visible: Tensor, count: Tensor) -> Tensor:
-        empty = count == 0
-        safe = scores.masked_fill(~visible, float("-inf")).masked_fill(empty, 0.0)
-        return torch.softmax(safe, dim=-1).masked_fill(empty, 0.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """One scored mechanism, as data.
-
-    normalise: scores to weights. score: flex_attention's score_mod (score, b, h, q_idx, kv_idx),
-    applied after scale and key_bias. mask: the mechanism's own visibility, in conjunction with the
-    call's. key_bias: (B or 1, H or 1, M), added to the scaled scores (a pooled key that stands for
-    c tokens carries log c). scale: used unless the call brings one.
-    """
-
-    normalise: Normaliser = field(default_factory=lambda: Softmax())  # a class stops dynamo
-    score: ScoreMod | None = None
-    mask: Mask | None = None
-    key_bias: Tensor | None = None
-    scale: float | None = None
+    impl: Impl
+    reason: str
 
 
 def attend(
@@ -88,18 +85,34 @@ def attend(
     """
     check_qkv(q, k, v, call)
     q, k, v = without_padding(q, k, v, call)
-    lacks = _sdpa_lacks(method, need_lse)
     if impl == "auto":
-        impl = "dense" if lacks or k.shape[2] == 0 else "sdpa"
+        impl = decide(q, k, call, method, need_lse).impl
     if impl == "dense":
         result = _dense(q, k, v, call, method, need_lse)
     elif impl == "sdpa":
+        lacks = _sdpa_lacks(method, need_lse)
         if lacks:
             raise UnsupportedError("impl='sdpa'", lacks)
         result = Result(_sdpa(q, k, v, call, method))
+    elif impl == "tiled":
+        result = _tiled(q, k, v, call, method, need_lse)
     else:
-        raise ArgumentError("impl", "'auto', 'dense' or 'sdpa'", impl)
+        raise ArgumentError("impl", "'auto', 'dense', 'sdpa' or 'tiled'", impl)
     return _blank_padded_queries(result, call)
+
+
+def decide(q: Tensor, k: Tensor, call: Call, method: Scored, need_lse: bool = False) -> Decision:
+    """What `impl="auto"` picks for these shapes, and why."""
+    lacks = _sdpa_lacks(method, need_lse)
+    if not lacks and _is_plain(q, k, call, method):
+        return Decision("sdpa", "plain softmax, causal or not: the fused kernel is the fastest")
+    if min(q.shape[2], k.shape[2]) >= TILED_FROM and not torch.compiler.is_compiling():
+        return Decision(
+            "tiled", lacks or "a mask or bias at this length: tiles skip what is hidden"
+        )
+    if lacks or 0 in (k.shape[2], q.shape[2]):
+        return Decision("dense", lacks or "there is nothing to attend to")
+    return Decision("sdpa", "softmax with a mask or bias, too short for tiles to pay")
 
 
 def without_padding(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,72 +135,17 @@ def _blank_padded_queries(result: Result, call: Call) -> Result:
     return Result(result.output.masked_fill(gone[..., None], 0.0), lse, result.state)
 
 
-def scale_of(call: Call, method_scale: float | None, width: int) -> float:
-    """The factor on q·k: the call's, else the method's, else 1/sqrt(D)."""
-    if call.scale is not None:
-        return call.scale
-    return width**-0.5 if method_scale is None else method_scale
-
-
 def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored, need_lse: bool) -> Result:
     frame = call.frame(q, k)
-    pairs = frame.all()
-    scores = modified_scores(
-        group_scores(q, k) * scale_of(call, method.scale, q.shape[-1]), method, pairs
-    )
+    scores = group_scores(q, k) * scale_of(call, method.scale, q.shape[-1])
+    scores = modified_scores(scores, method, frame.all())
     mask = call.visibility(method.mask)
-    visible = (
-        mask.dense(frame) if mask is not None else torch.ones_like(scores[:1, :1], dtype=torch.bool)
-    )
+    if mask is None:
+        visible = torch.ones_like(scores[:1, :1], dtype=torch.bool)
+    else:
+        visible = mask.dense(frame)
     weights, lse = normalised(scores, visible, method.normalise, need_lse)
     return Result(group_values(weights, v), lse)
-
-
-def modified_scores(scores: Tensor, method: Scored, pairs: Pairs) -> Tensor:
-    """Scores (…,N,M) after the method's key bias and score modification at the given pairs."""
-    if method.key_bias is not None:
-        scores = scores + method.key_bias[..., None, :]
-    if method.score is not None:
-        scores = method.score(scores, pairs.b, pairs.h, pairs.query_index, pairs.key_index)
-    return scores
-
-
-def normalised(
-    scores: Tensor, visible: Tensor, rule: Normaliser, need_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Weights (…,N,M) and, on request, the row log-sum-exp (…,N) of the visible scores."""
-    count = visible.sum(-1, keepdim=True)
-    weights = rule(scores, visible, count)
-    if not need_lse:
-        return weights, None
-    if rule.kind != "online":
-        raise UnsupportedError(
-            type(rule).__name__, "it has no log-sum-exp; its parts do not merge by one"
-        )
-    return weights, masked_lse(scores, visible)
-
-
-def masked_lse(scores: Tensor, visible: Tensor) -> Tensor:
-    """log sum_j exp(s_ij) over visible keys, (…,N,M) -> (…,N); -inf for an empty row, with finite
-    gradients.
-    """
-    empty = ~visible.any(-1).expand(scores.shape[:-1])
-    safe = scores.masked_fill(~visible, float("-inf")).masked_fill(empty[..., None], 0.0)
-    return torch.logsumexp(safe, -1).masked_fill(empty, float("-inf"))
-
-
-def group_scores(q: Tensor, k: Tensor) -> Tensor:
-    """q (B,H,N,D) · k (B,H_k,M,D) -> (B,H,N,M); groups fold into rows, so no key is copied."""
-    b, h, n, d = q.shape
-    folded = q.reshape(b, k.shape[1], h // k.shape[1] * n, d)
-    return (folded @ k.transpose(-1, -2)).reshape(b, h, n, k.shape[2])
-
-
-def group_values(weights: Tensor, v: Tensor) -> Tensor:
-    """Weights (B,H,N,M) · v (B,H_v,M,E) -> (B,H,N,E); grouped heads fold into rows."""
-    b, h, n, m = weights.shape
-    folded = weights.reshape(b, v.shape[1], h // v.shape[1] * n, m)
-    return (folded @ v).reshape(b, h, n, v.shape[3])
 
 
 def _sdpa_lacks(method: Scored, need_lse: bool) -> str:
@@ -199,6 +157,17 @@ def _sdpa_lacks(method: Scored, need_lse: bool) -> str:
     return "it returns no log-sum-exp" if need_lse else ""
 
 
+def _is_plain(q: Tensor, k: Tensor, call: Call, method: Scored) -> bool:
+    """Whether the fused kernel needs no mask tensor and no bias."""
+    if method.key_bias is not None or 0 in (q.shape[2], k.shape[2]):
+        return False
+    mask = call.visibility(method.mask)
+    if mask is None:
+        return True
+    aligned = call.query_positions is None and call.key_positions is None
+    return mask == Causal() and aligned and q.shape[2] == k.shape[2]
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored) -> Tensor:
     scale = scale_of(call, method.scale, q.shape[-1])
     if scale == 0:  # the fused kernels multiply their own -inf by the scale
@@ -207,8 +176,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored) -> Tensor
     if not grouped:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     mask = call.visibility(method.mask)
-    plain = method.key_bias is None and call.query_positions is None and call.key_positions is None
-    if plain and (mask is None or (mask == Causal() and q.shape[2] == k.shape[2])):
+    if _is_plain(q, k, call, method):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=mask is not None, scale=scale, enable_gqa=grouped
         )
@@ -219,6 +187,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
 
 
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """(B,H_x,M,D) -> (B,heads,M,D): each head repeated for its group of query heads."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+def _tiled(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored, need_lse: bool) -> Result:
+    if k.shape[1] != v.shape[1]:
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    frame, mask = call.frame(q, k), call.visibility(method.mask)
+    scale = scale_of(call, method.scale, q.shape[-1])
+    if scale == 0:
+        q, scale = q * 0, 1.0
+    group = q.shape[1] // k.shape[1]
+    work = Work(frame, mask, method, scale, need_lse, group, plan_tiles(frame, mask))
+    block = fitted_block(work, q.shape[0], q.element_size())
+    work = replace(work, tiles=plan_tiles(frame, mask, block))
+    return Result(*run_tiles(q, k, v, work))

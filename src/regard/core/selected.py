@@ -19,7 +19,7 @@ from torch import Tensor
 from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError
-from regard.core.mask import Mask, Pairs
+from regard.core.mask import Mask, Pairs, both
 from regard.core.scored import (
     Scored,
     attend,
@@ -29,6 +29,8 @@ from regard.core.scored import (
     scale_of,
     without_padding,
 )
+
+Impl = Literal["masked", "gathered"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class Selected:
     inner: Scored = field(default_factory=lambda: Scored())  # a class stops dynamo
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
     """Chosen tiles: `index` (B,H,T,w) and `valid` (same shape), False where fewer than w tiles were
     visible.
@@ -56,16 +58,44 @@ class Choice:
     index: Tensor
     valid: Tensor
 
+    def mask(self, tiles: int) -> Tensor:
+        """The same choice as booleans (B,H,T,tiles)."""
+        hits = self.valid.new_zeros(*self.index.shape[:-1], tiles, dtype=torch.long)
+        return hits.scatter_add(-1, self.index, self.valid.long()) > 0
+
 
 def choose(importance: Tensor, allowed: Tensor, keep: int) -> Choice:
-    """The `keep` most important allowed tiles per row of (…,T,C); ties go to the later tile."""
+    """The `keep` most important allowed tiles per row of (…,T,C); ties go to the later tile.
+
+    An allowed tile comes before every other one, however low its importance. One ranking for all
+    rows (T = 1) is sorted once.
+    """
     if keep < 1:
         raise ArgumentError("keep", "at least 1", keep)
-    keep = min(keep, importance.shape[-1])
-    ranked = importance.masked_fill(~allowed, float("-inf")).flip(-1)
-    order = ranked.argsort(dim=-1, descending=True, stable=True)[..., :keep]
-    index = importance.shape[-1] - 1 - order
-    return Choice(index, allowed.expand_as(ranked).gather(-1, index))
+    finite = importance.clamp_min(torch.finfo(importance.dtype).min)
+    if importance.shape[-2] == 1:
+        return _first_allowed(_descending(finite), allowed, min(keep, importance.shape[-1]))
+    finite, allowed = torch.broadcast_tensors(finite, allowed)
+    ranked = finite.masked_fill(~allowed, float("-inf"))
+    index = _descending(ranked)[..., : min(keep, importance.shape[-1])]
+    return Choice(index, allowed.gather(-1, index))
+
+
+def _descending(importance: Tensor) -> Tensor:
+    """Order of the last axis, most important first; ties put the later one first."""
+    order = importance.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    return importance.shape[-1] - 1 - order
+
+
+def _first_allowed(order: Tensor, allowed: Tensor, keep: int) -> Choice:
+    """The first `keep` allowed tiles of each row in one order (…,1,C) for all rows."""
+    shape = torch.broadcast_shapes(order.shape, allowed.shape)
+    order, allowed = order.expand(shape), allowed.expand(shape)
+    seen = allowed.gather(-1, order).cumsum(-1, dtype=torch.int32)  # allowed tiles so far
+    wanted = torch.arange(1, keep + 1, dtype=torch.int32, device=order.device)
+    place = torch.searchsorted(seen, wanted.expand(*shape[:-1], keep).contiguous())
+    valid = place < shape[-1]
+    return Choice(order.gather(-1, place.clamp_max(max(shape[-1] - 1, 0))), valid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +121,7 @@ def select(
     call: Call,
     method: Selected,
     *,
-    impl: Literal["masked", "gathered"] = "masked",
+    impl: Impl = "masked",
 ) -> Result:
     """Run a selecting mechanism on q (B,H,N,D), k (B,H_k,M,D), v (B,H_v,M,E).
 
@@ -99,40 +129,46 @@ def select(
         ArgumentError: tiles that do not divide N or M, or an importance of the wrong shape.
     """
     check_qkv(q, k, v, call)
-    tiles = (q.shape[2] // method.query_tile, k.shape[2] // method.key_tile)
     if q.shape[2] % method.query_tile or k.shape[2] % method.key_tile:
         raise ArgumentError(
             "tiles", "tile sizes that divide the lengths", (method.query_tile, method.key_tile)
         )
-    importance = method.importance.expand(-1, -1, tiles[0], tiles[1])
-    choice = choose(importance, _allowed(q, k, call, method), method.keep)
+    rows, tiles = q.shape[2] // method.query_tile, k.shape[2] // method.key_tile
+    shape = tuple(method.importance.shape)
+    if len(shape) != 4 or shape[2] not in (1, rows) or shape[3] != tiles:
+        raise ArgumentError("importance", f"(B, H, 1 or {rows}, {tiles})", shape)
+    choice = choose(method.importance, _allowed(q, k, call, method), method.keep)
+    return attend_chosen(q, k, v, call, method, choice, impl=impl)
+
+
+def attend_chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    method: Selected,
+    choice: Choice,
+    *,
+    impl: Impl = "masked",
+) -> Result:
+    """Run the inner rule on tiles that were chosen already; the call's mask still holds inside
+    them.
+    """
     if impl == "gathered":
         return _gathered(q, k, v, call, method, choice)
     if impl != "masked":
         raise ArgumentError("impl", "'masked' or 'gathered'", impl)
-    chosen = torch.zeros(*choice.index.shape[:-1], tiles[1], dtype=torch.bool, device=q.device)
-    chosen = chosen.scatter(-1, choice.index, choice.valid)
-    call_chosen = call.but(
-        mask=_Chosen(chosen, method.query_tile, method.key_tile) & _or_all(call.mask)
-    )
-    return attend(q, k, v, call_chosen, method.inner)
-
-
-@dataclass(frozen=True)
-class _All(Mask):
-    def visible(self, pairs: Pairs) -> Tensor:
-        return torch.ones_like(pairs.query + pairs.key, dtype=torch.bool)
-
-
-def _or_all(mask: Mask | None) -> Mask:
-    return _All() if mask is None else mask
+    tiles = choice.mask(k.shape[2] // method.key_tile)
+    chosen = _Chosen(tiles, method.query_tile, method.key_tile)
+    return attend(q, k, v, call.but(mask=both(chosen, call.mask)), method.inner)
 
 
 def _allowed(q: Tensor, k: Tensor, call: Call, method: Selected) -> Tensor:
     """(B or 1, H or 1, T, C): tiles with at least one visible pair."""
     mask = call.visibility(method.inner.mask)
     if mask is None:
-        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+        rows = q.shape[2] // method.query_tile
+        return torch.ones(1, 1, rows, 1, dtype=torch.bool, device=q.device)
     seen = mask.dense(call.frame(q, k))
     return (
         seen.unflatten(2, (-1, method.query_tile))
@@ -148,12 +184,7 @@ def _gathered(
     q, k, v = without_padding(q, k, v, call)
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     b, h, n, d = q.shape
-    offsets = torch.arange(method.key_tile, device=q.device)
-    keys = (
-        (choice.index[..., None] * method.key_tile + offsets).flatten(-2).expand(b, h, -1, -1)
-    )  # (B,H,T,w)
-    valid = choice.valid.repeat_interleave(method.key_tile, -1).expand_as(keys)
-    near_k, near_v = _rows(k, keys), _rows(v, keys)  # (B,H,T,w,D)
+    keys, valid = _chosen_keys(choice, method.key_tile, b, h)  # (B,H,T,w)
     rows = torch.arange(n, device=q.device).unflatten(0, (-1, method.query_tile))  # (T,t)
     pairs = call.frame(q, k).at(
         torch.arange(b, device=q.device)[:, None, None, None, None],
@@ -161,26 +192,31 @@ def _gathered(
         rows[:, :, None],
         keys[..., None, :],
     )
-    scores = q.unflatten(2, (-1, method.query_tile)) @ near_k.transpose(-1, -2)
+    scores = q.unflatten(2, (-1, method.query_tile)) @ take_rows(k, keys).transpose(-1, -2)
     scores = scores * scale_of(call, method.inner.scale, d)
     if method.inner.key_bias is not None:
-        bias = method.inner.key_bias.expand(b, h, -1)
-        scores = (
-            scores
-            + bias[:, :, None].expand(-1, -1, keys.shape[2], -1).gather(-1, keys)[..., None, :]
-        )
+        bias = method.inner.key_bias.expand(b, h, -1)[..., None]  # (B,H,M,1)
+        scores = scores + take_rows(bias, keys).transpose(-1, -2)
     inner = Scored(method.inner.normalise, method.inner.score)
     scores = modified_scores(scores, inner, pairs)
     mask = call.visibility(method.inner.mask)
     visible = valid[..., None, :] if mask is None else valid[..., None, :] & mask.visible(pairs)
     weights, _ = normalised(scores, visible, inner.normalise, need_lse=False)
-    output = (weights @ near_v).flatten(2, 3)
+    output = (weights @ take_rows(v, keys)).flatten(2, 3)
     if call.query_padding is not None:
         output = output.masked_fill(~call.query_padding[:, None, :, None], 0.0)
     return Result(output)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def _chosen_keys(choice: Choice, size: int, batch: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Indices of the keys in chosen tiles of `size` and whether they count, both (B,H,T,w*size)."""
+    offsets = torch.arange(size, device=choice.index.device)
+    keys = (choice.index[..., None] * size + offsets).flatten(-2)
+    valid = choice.valid.repeat_interleave(size, -1)
+    return keys.expand(batch, heads, -1, -1), valid.expand(batch, heads, -1, -1)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """x (B,H,M,D) at index (B,H,T,w) -> (B,H,T,w,D)."""
     flat = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
     return x.gather(2, flat).unflatten(2, tuple(index.shape[2:]))

@@ -61,13 +61,13 @@ def extended(cache: Keys | None, k: Tensor, v: Tensor, positions: Tensor, real: 
     )
 
 
-def trimmed(cache: Keys, mask: Mask | None, seen: Tensor, heads: int) -> Keys:
+def trimmed(cache: Keys, mask: Mask | None, seen: Tensor, heads: int, call: Call) -> Keys:
     """The cache without keys that no query from position `seen` on can see, in any head or
     sequence.
     """
     if mask is None:
         return cache
-    frame = Frame(cache.k.shape[0], heads, seen[:, None], cache.positions)
+    frame = Frame(cache.k.shape[0], heads, seen[:, None], cache.positions, call.grid, call.prefix)
     pairs = frame.all()
     alive = mask.alive(pairs)[(None,) * (4 - mask.alive(pairs).ndim)]
     keep = (

@@ -9,6 +9,7 @@ the rest, decoding included.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -66,7 +67,8 @@ class Attention(nn.Module):
         super().__init__()
         _check_widths(dim, heads, kv_heads, head_dim)
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads or heads
-        self.head_dim, self.rope = head_dim or dim // heads, rope
+        self.head_dim = head_dim or dim // heads
+        self.rope: Style | None = rope
         self.card, self.options = card(operator), dict(options or {})
         self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
@@ -133,7 +135,7 @@ class Attention(nn.Module):
         cached = new.but(padding=keys.real, key_positions=keys.positions, step=0)
         o = self.inner(q, keys.k, keys.v, cached).output
         return self.heads_out(o, x, new), Decoding(
-            seen, trimmed(keys, both(call.mask, self.own_mask), seen, self.heads)
+            seen, trimmed(keys, both(call.mask, self.own_mask), seen, self.heads, call)
         )
 
 
@@ -155,9 +157,7 @@ def bind_card(entry: Card, heads: int, head_dim: int, options: Mapping[str, Any]
 
 
 def _accepted(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    names = function.__code__.co_varnames[
-        : function.__code__.co_argcount + function.__code__.co_kwonlyargcount
-    ]
+    names = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in names}
 
 

@@ -3,17 +3,18 @@ r"""Depthwise convolution over the call's token grid, with its input added.
     y = x + DWConv_k(x) + b        x: (B, prefix + h*w, C), row-major
 
 Zeros stand beyond the border and in padded tokens; prefix tokens pass by unchanged. Before a mixer
-it is the conditional position encoding of CPVT (2102.10882), inside a feed-forward it adds locality.
+it is the conditional position encoding of CPVT (2102.10882); inside a feed-forward it adds
+locality.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from regard.core.boundary import grid_of
 from regard.core.call import Call
 from regard.core.errors import ArgumentError
+from regard.features.grid import convolved
 from regard.layers.attention import real_tokens
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -34,10 +35,4 @@ class GridConv(nn.Module):
     def forward(self, x: Tensor, call: Call = Call()) -> Tensor:
         """(B,N,C) -> (B,N,C); call.grid gives the side lengths."""
         x = real_tokens(x, call.padding)
-        grid = grid_of(call, self.dims, x.shape[1])
-        prefix, cells = x[:, : call.prefix], x[:, call.prefix :]
-        if cells.shape[1] == 0:
-            return x
-        image = cells.transpose(1, 2).unflatten(2, grid)  # (B, C, h, w)
-        moved = cells + self.conv(image).flatten(2).transpose(1, 2)
-        return torch.cat([prefix, moved], 1)
+        return x + convolved(x, self.conv, grid_of(call, self.dims, x.shape[1]), call.prefix)

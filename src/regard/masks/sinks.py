@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from regard.core.blocks import Tiles
 from regard.core.errors import ArgumentError
 from regard.core.mask import Mask, Pairs
 
@@ -29,3 +30,7 @@ class Sinks(Mask):
 
     def alive(self, pairs: Pairs) -> Tensor:
         return (pairs.key < self.count).expand_as(pairs.query + pairs.key)
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        some = (tiles.key_low < self.count) & (tiles.key_low <= tiles.query_high)
+        return some, (tiles.key_high < self.count) & (tiles.key_high <= tiles.query_low)

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from regard.core.blocks import Tiles
 from regard.core.errors import ArgumentError
 from regard.core.mask import Mask, Pairs
 
@@ -27,3 +29,8 @@ class Window(Mask):
 
     def alive(self, pairs: Pairs) -> Tensor:
         return pairs.key > pairs.query - self.size
+
+    def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        nearest = torch.maximum(tiles.query_low - tiles.key_high, tiles.key_low - tiles.query_high)
+        farthest = torch.maximum(tiles.query_high - tiles.key_low, tiles.key_high - tiles.query_low)
+        return nearest < self.size, farthest < self.size

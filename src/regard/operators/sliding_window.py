@@ -48,7 +48,7 @@ SLIDING_WINDOW = Card(
     ),
     family="scored",
     patterns=("noncausal self", "causal self"),
-    cost=Cost(time=2, state="constant"),
+    cost=Cost(time=1, state="constant"),
     claim=Claim(
         "recalls within its window and fails beyond",
         "regard compare --task recall --mechanisms softmax,sliding_window",
@@ -56,5 +56,5 @@ SLIDING_WINDOW = Card(
     mask=window_with_sinks,
     example=Example(options={"window": 3, "sinks": 2}),
     limits=(Limit({"window": 10**6, "sinks": 0}, "softmax"),),
-    forms=("impl", ("dense", "sdpa")),
+    forms=("impl", ("dense", "sdpa", "tiled")),
 )

@@ -32,5 +32,5 @@ SOFTMAX_CARD = Card(
         "solves associative recall at every length",
         "regard compare --task recall --mechanisms softmax",
     ),
-    forms=("impl", ("dense", "sdpa")),
+    forms=("impl", ("dense", "sdpa", "tiled")),
 )

@@ -47,7 +47,7 @@ def grouped_heads(card: Card) -> None:
 
 
 def lengths(card: Card) -> None:
-    """No token, one token and odd numbers of tokens; no key at all gives zeros in cross attention."""
+    """No token, one token, odd numbers of tokens; no key at all gives zeros in cross attention."""
     for pattern in card.patterns:
         subject = Subject(card, pattern)
         for n in (0, 1, 2, 7, card.example.length + 1):

@@ -45,6 +45,7 @@ CHECKS: dict[str, Check] = {
     "compiles": Check(numerics.compiles),
     "cost": Check(numerics.cost),
     "limits": Check(limits.limits, lambda c: bool(c.limits)),
+    "executors": Check(limits.executors),
     "forms": Check(limits.forms, lambda c: c.forms is not None),
     "decode": Check(decoding.decode, _decodes),
     "decode_padding": Check(decoding.decode_padding, _decodes),

@@ -171,22 +171,31 @@ def _run_padded(subject: Subject, content: list[Tensor], left: int, right: int) 
 
 
 def empty_rows(card: Card) -> None:
-    """A sequence of nothing but padding gives zeros (operators) or numbers (layers), and finite
-    gradients.
+    """A query that may see nothing, through padding or mask, gives zeros (operators) or numbers
+    (layers), and finite gradients.
     """
     for pattern in card.patterns:
         subject = Subject(card, pattern)
-        inputs = [x.requires_grad_() for x in subject.inputs()]
-        padding = torch.ones(2, inputs[-1].shape[-2], dtype=torch.bool)
+        n, m = subject.inputs()[0].shape[-2], subject.inputs()[-1].shape[-2]
+        padding = torch.ones(2, m, dtype=torch.bool)
         padding[1] = False
-        try:
-            out = subject.run(inputs, _padded(subject, padding))
-        except UnsupportedError:
-            continue
-        if card.kind == "operator":
-            assert not out[1].any(), f"{pattern}: an empty row is not zero"
-        finite(out, f"{pattern}: empty rows")
-        out.square().sum().backward()
-        for x in inputs:
-            finite(x.grad, f"{pattern}: gradient with empty rows")
-        _parameters_finite(subject, pattern)
+        _empty(subject, _padded(subject, padding))
+        strangers = Document(torch.arange(2)[:, None].expand(2, n), torch.zeros(2, m).long())
+        hidden = subject.call()
+        _empty(subject, hidden.but(mask=both(hidden.mask, strangers)))
+
+
+def _empty(subject: Subject, call: Call) -> None:
+    """Row 1 of the batch sees nothing under this call."""
+    inputs = [x.requires_grad_() for x in subject.inputs()]
+    try:
+        out = subject.run(inputs, call)
+    except UnsupportedError:
+        return
+    if subject.card.kind == "operator":
+        assert not out[1].any(), f"{subject.pattern}: an empty row is not zero"
+    finite(out, f"{subject.pattern}: empty rows")
+    out.square().sum().backward()
+    for x in inputs:
+        finite(x.grad, f"{subject.pattern}: gradient with empty rows")
+    _parameters_finite(subject, subject.pattern)

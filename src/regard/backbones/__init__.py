@@ -1,0 +1,1 @@
+"""Whole networks into which any mechanism plugs."""

@@ -1,0 +1,1 @@
+"""The proof: quality and cost of mechanisms, side by side."""

@@ -1,0 +1,101 @@
+"""`compare`: train mechanisms side by side on one task, and resume where it was left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from regard.bench.comparison import Comparison, compared
+from regard.bench.network import answers, build_network
+from regard.bench.record import read_record, write_json
+from regard.bench.spec import Spec
+from regard.bench.store import Store
+from regard.bench.study import Study
+from regard.bench.training import Moment, run_trial
+from regard.bench.trial import TrialConfig
+from regard.core.errors import ArgumentError, RegardError
+from regard.tasks.catalog import task as task_named
+from regard.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a comparison stands: finished trials, the fraction of the running one included, of how
+    many; the running trial and its last validation accuracy.
+    """
+
+    done: float
+    total: int
+    trial: TrialConfig | None = None
+    accuracy: float | None = None
+
+
+Watch = Callable[[Progress], None]
+
+
+def unwatched(progress: Progress) -> None:
+    """The watch of a caller who does not look."""
+
+
+def compare(study: Study, out: Path, *, command: str = "", watch: Watch = unwatched) -> Comparison:
+    """Run the trials of a study that `out` does not hold yet, and compare them all.
+
+    Everything is checked before the first trial starts: names and options, that every mechanism
+    serves the task, and what the folder holds. Trials are kept in OUT/trials as they finish, the
+    result in OUT/comparison.json. `watch` is told after every training step; what it raises ends
+    the comparison, and the next call goes on from the finished trials.
+
+    Raises:
+        ArgumentError: a value, option or result folder that cannot be used; it is named.
+        UnknownNameError: no such task, mechanism or option; near names are suggested.
+        UnsupportedError: a mechanism that cannot serve the task.
+    """
+    task = task_named(study.task.name, **study.task.options)
+    for spec in study.mechanisms:
+        check_mechanism(spec, study, task)
+    store = Store(out)
+    result = out / "comparison.json"
+    if result.exists():
+        read_record(result, Comparison)
+    configs = study.trials
+    done = sum(config.id in store.trials for config in configs)
+    watch(Progress(done, len(configs)))
+    for config in configs:
+        if config.id in store.trials:
+            continue
+
+        def tell(moment: Moment, done: int = done, config: TrialConfig = config) -> None:
+            fraction = min(moment.fraction, 1.0)
+            watch(Progress(done + fraction, len(configs), config, moment.accuracy))
+
+        store.add(run_trial(config, task, tell))
+        done += 1
+    watch(Progress(done, len(configs)))
+    trials = [store.trials[config.id] for config in configs]
+    comparison = compared(study, task, trials, command)
+    write_json(result, comparison)
+    return comparison
+
+
+def check_mechanism(spec: Spec, study: Study, task: Task) -> None:
+    """Build the mechanism's network and run it on two examples of the task.
+
+    Raises:
+        RegardError: it cannot be built or cannot serve the task; the mechanism is named.
+    """
+    examples = next(task.batches("valid", 2))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            answers(build_network(spec, study.network, task), examples)
+    except RegardError as error:
+        error.add_note(f"in {spec.label}")
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0] if str(error) else ""
+        problem = f"{type(error).__name__}: {first}"
+        raise ArgumentError(f"mechanisms: {spec.label}", "options it can run with", problem) from (
+            error
+        )

@@ -1,0 +1,82 @@
+"""What a result was made with: versions and hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import regard
+from regard.bench.record import Record
+
+
+class Versions(Record):
+    """Versions of what can change a number."""
+
+    regard: str
+    torch: str
+    python: str
+    numpy: str
+
+
+class Hardware(Record):
+    """The machine: `cores` it offers this process, `threads` torch uses, `device` that trained."""
+
+    platform: str
+    machine: str
+    processor: str
+    cores: int
+    threads: int
+    device: str
+
+
+def versions() -> Versions:
+    """Versions in this process."""
+    import numpy
+    import torch
+
+    return Versions(
+        regard=regard.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        numpy=numpy.__version__,
+    )
+
+
+def hardware(device: str = "cpu") -> Hardware:
+    """The machine this process runs on."""
+    import torch
+
+    return Hardware(
+        platform=platform.platform(),
+        machine=platform.machine(),
+        processor=_processor(),
+        cores=cores(),
+        threads=torch.get_num_threads(),
+        device=device,
+    )
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory() -> int | None:
+    """Bytes of main memory, None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _processor() -> str:
+    """The processor's name; Linux keeps it in a file, others know it themselves."""
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

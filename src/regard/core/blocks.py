@@ -1,0 +1,98 @@
+"""Block maps: which blocks of the query–key matrix hold a visible pair, found by interval
+arithmetic on positions where a mask knows how, and exactly, by looking, where it is asked to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from regard.core.mask import Frame, Mask
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Blocks of queries against blocks of keys, as intervals that broadcast to (B, H, nq, nk).
+
+    query_low, query_high (B or 1, 1, nq, 1) and key_low, key_high (B or 1, 1, 1, nk) bound the
+    absolute positions inside each block; h (H, 1, 1) numbers the heads. query_block and key_block
+    are the block lengths, in rows of the present tensors.
+    """
+
+    frame: Frame
+    query_low: Tensor
+    query_high: Tensor
+    key_low: Tensor
+    key_high: Tensor
+    h: Tensor
+    query_block: int
+    key_block: int
+
+    @property
+    def unknown(self) -> tuple[Tensor, Tensor]:
+        """What can be said without looking: perhaps some pair is visible, surely not all."""
+        some = torch.ones_like(self.query_low + self.key_low, dtype=torch.bool)
+        return some, ~some
+
+
+def tiles_of(frame: Frame, query_block: int, key_block: int) -> Tiles:
+    """Tiles of a frame; the last block of either side may be shorter."""
+    query_low, query_high = edges(frame.query_positions, query_block)
+    key_low, key_high = edges(frame.key_positions, key_block)
+    h = torch.arange(frame.heads, device=frame.key_positions.device)[:, None, None]
+    return Tiles(
+        frame,
+        query_low[:, None, :, None],
+        query_high[:, None, :, None],
+        key_low[:, None, None],
+        key_high[:, None, None],
+        h,
+        query_block,
+        key_block,
+    )
+
+
+def edges(positions: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Least and greatest value in each block of (B, N): two (B, ceil(N / block))."""
+    fringe = -positions.shape[-1] % block
+    last = positions[:, -1:].expand(-1, fringe)
+    blocks = torch.cat([positions, last], -1).unflatten(-1, (-1, block))
+    return blocks.amin(-1), blocks.amax(-1)
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Blocks of a mask: `some` marks blocks with a visible pair, `full` those where every pair is.
+
+    Both are boolean (B or 1, H or 1, ceil(N / block), ceil(M / block)); a ragged last block counts
+    only real pairs.
+    """
+
+    some: Tensor
+    full: Tensor
+    block: int
+
+    @property
+    def density(self) -> float:
+        """Fraction of blocks that must be computed."""
+        return self.some.float().mean().item()
+
+
+def block_map(mask: Mask, frame: Frame, block: int) -> BlockMap:
+    """The exact block map, one row of blocks at a time, so that no N x M matrix is held."""
+    n, m = frame.query_positions.shape[-1], frame.key_positions.shape[-1]
+    some, full = [], []
+    for start in range(0, n, block):
+        seen = mask.rows(frame, start, min(start + block, n))
+        some.append(_split(seen, -m % block, False, block).any(-1).any(2))
+        full.append(_split(seen, -m % block, True, block).all(-1).all(2))
+    return BlockMap(torch.stack(some, 2), torch.stack(full, 2), block)
+
+
+def _split(seen: Tensor, fringe: int, fill: bool, block: int) -> Tensor:
+    return F.pad(seen, (0, fringe), value=fill).unflatten(-1, (-1, block))

@@ -1,0 +1,1 @@
+"""Data as classes: recall, copying, images."""
