@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from regard.build import create
 from regard.core.call import Call
 from regard.core.errors import UnsupportedError
 from regard.core.mask import Causal, Given, Mask
-from regard.core.scored import Scored, attend, decide
+from regard.core.scored import Scored, attend, decide, explain
 from regard.core.tiling import plan_tiles, width
 from regard.masks.document import Document
 from regard.masks.sinks import Sinks
@@ -102,3 +103,12 @@ def test_auto_says_why(n: int, mask: Mask | None, impl: str) -> None:
     found = decide(x, x, Call(mask=mask), Scored())
     assert found.impl == impl
     assert found.reason
+
+
+def test_explain_lists_the_choices_of_a_layer() -> None:
+    layer = create("sliding_window", dim=16, heads=2, window=8)
+    found = explain(lambda call: layer(torch.zeros(1, 600, 16), call), Call(mask=Causal()))
+    assert [choice.impl for choice in found] == ["tiled"]
+    asked = create("sliding_window", dim=16, heads=2, window=8, impl="dense")
+    found = explain(lambda call: asked(torch.zeros(1, 600, 16), call), Call(mask=Causal()))
+    assert found == [("dense", "asked for")]

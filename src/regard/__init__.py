@@ -20,6 +20,7 @@ _HOMES = {
     "card": "regard.core.catalog",
     "cards": "regard.core.catalog",
     "create": "regard.build",
+    "explain": "regard.core.scored",
     "merge": "regard.core.merge",
 }
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from regard.core.errors import UnsupportedError as UnsupportedError
     from regard.core.mask import Causal as Causal
     from regard.core.merge import merge as merge
+    from regard.core.scored import explain as explain
     from regard.masks.document import Document as Document
     from regard.masks.sinks import Sinks as Sinks
     from regard.masks.window import Window as Window

@@ -5,13 +5,15 @@ r"""Scored family: every visible key is scored, a normaliser turns scores into w
     o_i = sum_j a_ij v_j
 
 A method is a `Scored` record; `attend` runs it. `dense` is the definition of truth; `sdpa` serves
-plain softmax calls; `tiled` visits only blocks that somebody sees and never holds an N x M matrix.
+plain softmax calls; `tiled` visits only blocks that somebody sees and never holds an N x M matrix;
+`flex` is PyTorch's compiled kernel for any softmax mechanism.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Tensor
 from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.flexed import Flexed, flex_lacks, run_flex
 from regard.core.mask import Causal
 from regard.core.tiled import Work, fitted_block, run_tiles
 from regard.core.tiling import plan_tiles
@@ -54,7 +57,7 @@ __all__ = [
     "without_padding",
 ]
 
-Impl = Literal["auto", "dense", "sdpa", "tiled"]
+Impl = Literal["auto", "dense", "sdpa", "tiled", "flex"]
 TILED_FROM = 512
 """Queries and keys from which `auto` prefers tiles to a whole matrix."""
 
@@ -85,8 +88,9 @@ def attend(
     """
     check_qkv(q, k, v, call)
     q, k, v = without_padding(q, k, v, call)
-    if impl == "auto":
-        impl = decide(q, k, call, method, need_lse).impl
+    choice = decide(q, k, call, method, need_lse) if impl == "auto" else Decision(impl, "asked for")
+    call.note("executor", choice)
+    impl = choice.impl
     if impl == "dense":
         result = _dense(q, k, v, call, method, need_lse)
     elif impl == "sdpa":
@@ -96,8 +100,10 @@ def attend(
         result = Result(_sdpa(q, k, v, call, method))
     elif impl == "tiled":
         result = _tiled(q, k, v, call, method, need_lse)
+    elif impl == "flex":
+        result = _flex(q, k, v, call, method, need_lse)
     else:
-        raise ArgumentError("impl", "'auto', 'dense', 'sdpa' or 'tiled'", impl)
+        raise ArgumentError("impl", "'auto', 'dense', 'sdpa', 'tiled' or 'flex'", impl)
     return _blank_padded_queries(result, call)
 
 
@@ -106,13 +112,27 @@ def decide(q: Tensor, k: Tensor, call: Call, method: Scored, need_lse: bool = Fa
     lacks = _sdpa_lacks(method, need_lse)
     if not lacks and _is_plain(q, k, call, method):
         return Decision("sdpa", "plain softmax, causal or not: the fused kernel is the fastest")
-    if min(q.shape[2], k.shape[2]) >= TILED_FROM and not torch.compiler.is_compiling():
+    long = min(q.shape[2], k.shape[2]) >= TILED_FROM and not torch.compiler.is_compiling()
+    if long and q.device.type == "cuda" and not flex_lacks(q, k, k, method, need_lse):
+        return Decision("flex", "a mask, bias or score on a GPU: the compiled kernel skips blocks")
+    if long:
         return Decision(
             "tiled", lacks or "a mask or bias at this length: tiles skip what is hidden"
         )
     if lacks or 0 in (k.shape[2], q.shape[2]):
         return Decision("dense", lacks or "there is nothing to attend to")
     return Decision("sdpa", "softmax with a mask or bias, too short for tiles to pay")
+
+
+def explain(run: Callable[[Call], Any], call: Call = Call()) -> list[Decision]:
+    """Which executor serves each attention call that `run` makes, and why.
+
+    `run` gets the call to pass on: `explain(lambda call: layer(x, call), Call(mask=Causal()))`.
+    """
+    notes: dict[str, list[Any]] = {}
+    with torch.no_grad():
+        run(call.but(notes=notes))
+    return notes.get("executor", [])
 
 
 def without_padding(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,3 +219,14 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored, need_lse
     block = fitted_block(work, q.shape[0], q.element_size())
     work = replace(work, tiles=plan_tiles(frame, mask, block))
     return Result(*run_tiles(q, k, v, work))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored, need_lse: bool) -> Result:
+    lacks = flex_lacks(q, k, v, method, need_lse)
+    if lacks:
+        raise UnsupportedError("impl='flex'", lacks)
+    if k.shape[1] != v.shape[1]:
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    scale = scale_of(call, method.scale, q.shape[-1])
+    mask = call.visibility(method.mask)
+    return Result(*run_flex(q, k, v, Flexed(call.frame(q, k), mask, method, scale, need_lse)))

@@ -103,7 +103,7 @@ CHANNEL_ATTENTION = Card(
     grids=(1, 2, 3),
     cost=Cost(time=1, state="none"),
     claim=Claim(
-        "mixes tokens at linear cost through statistics of the whole image",
+        "reads digits through sums over all tokens, at linear cost",
         "regard compare --task digits --mechanisms softmax,channel_attention",
     ),
     goldens=(

@@ -102,7 +102,7 @@ SPECTFORMER = Card(
     grids=(2,),
     cost=Cost(time=1, state="none"),
     claim=Claim(
-        "reads digits without looking at content when it mixes",
+        "reads digits without looking at content when it mixes tokens",
         "regard compare --task digits --mechanisms 'softmax,spectformer(grid=(8,8))'",
     ),
     example=Example(grid=(5, 6), sized=lambda size: {"grid": size}),

@@ -12,8 +12,8 @@ STATUS_START, STATUS_END = "<!-- status: made by `make docs` -->", "<!-- end of 
 _HEAD = """# Methods
 
 Generated from the cards by `make docs`; do not edit. *golden*: agrees with the authors' code.
-*exact*: coincides with another mechanism in a limit, or its forms agree. Patterns: N noncausal, C causal;
-self/cross. Cost is the counted exponent of N; state is what decoding keeps.
+*exact*: coincides with another mechanism in a limit, or its forms agree. Patterns: N noncausal,
+C causal; self/cross. Cost is the counted exponent of N; state is what decoding keeps.
 
 """
 
