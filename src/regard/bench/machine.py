@@ -72,6 +72,16 @@ def memory() -> int | None:
         return None
 
 
+def cache_bytes() -> int | None:
+    """Bytes of the processor's last-level cache, None where the system does not tell."""
+    sizes = []
+    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = entry.read_text(encoding="ascii").strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(1024 * int(text[:-1]))
+    return max(sizes, default=None)
+
+
 def _processor() -> str:
     """The processor's name; Linux keeps it in a file, others know it themselves."""
     listing = Path("/proc/cpuinfo")

@@ -41,7 +41,7 @@ def cosformer(
     form: Form = "auto",
     state: Memory | None = None,
 ) -> Result:
-    """Normalised linear attention on re-weighted relu features (Qin et al., eq. 10-12).
+    """Normalised linear attention on re-weighted relu features (Qin et al.).
 
     horizon: m, at least the tokens that positions span from 0 on; None: those of each sequence.
 
@@ -64,7 +64,7 @@ def cosformer(
 
 def reweighted(x: Tensor, positions: Tensor, m: Tensor | int) -> Tensor:
     """phi(x), (B,H,N,2D), of x (B,H,N,D) at positions (B or 1,N) from 0; m is a number or (B,1)."""
-    angles = ((positions + 1) * (math.pi / 2)).double() / m
+    angles = (positions + 1).double() * (math.pi / 2) / m
     sin, cos = (turn.to(x.dtype)[:, None, :, None] for turn in (angles.sin(), angles.cos()))
     return torch.cat([x.relu() * sin, x.relu() * cos], -1)
 
@@ -127,7 +127,7 @@ COSFORMER = Card(
     patterns=("noncausal self", "causal self", "noncausal cross"),
     cost=Cost(time=1, state="constant"),
     claim=Claim(
-        "comes closer to softmax than elu+1 features, at the same linear cost",
+        "comes close to softmax at linear cost",
         "regard compare --task recall --mechanisms 'softmax,linear,cosformer(horizon=64)'",
     ),
     # beyond the example's tokens for decoding, twelve times as many, and for counting the cost

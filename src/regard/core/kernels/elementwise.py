@@ -1,0 +1,217 @@
+r"""Element-wise attention as one Triton kernel: every key is weighed on its own, so a row needs no
+statistics, neither forward nor backward.
+
+    a_ij = sigma(s q_i . k_j + b_i) [key_j <= query_i]     o_i = sum_j a_ij v_j
+    ds_ij = (do_i . v_j) a_ij (1 - a_ij)
+
+q, o (B,H,N,D or E), k, v (B,H_k,M,·), shift b (B,N). Visibility compares two numbers, one per query
+and one per key (`Reach`), which covers causality at any positions, padding and ragged tails; block
+loops end where a block of queries sees no more. sigma is 1/(1 + e^-x), not (1 + tanh(x/2))/2: a
+weight near 1/n would lose its digits to the cancellation. No matrix of N x M exists; gradients of
+keys are summed within one program each, so results do not vary from run to run.
+
+The kernels were compiled for an H200 (sm_90) and checked in Triton's interpreter; their speed on a
+GPU is not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from regard.core.kernels.tiles import heads, load, product, store
+
+NEVER, ALWAYS = tl.constexpr(2**31 - 1), tl.constexpr(-(2**31))
+"""Numbers of a key that nobody sees, and of a query that sees nobody."""
+
+
+class Reach(NamedTuple):
+    """Who sees whom, as int32: query (B,N) sees key (B,M) iff key <= query; `last` (B,N) counts the
+    keys up to the last one a query sees; `first` (B,M) is the first query that sees a key.
+    """
+
+    query: Any
+    key: Any
+    last: Any
+    first: Any
+
+
+@triton.jit
+def _numbers(x, batch, rows, length, missing):
+    return tl.load(x + batch * length + rows, mask=rows < length, other=missing)
+
+
+@triton.jit
+def _sigmoid(scores, visible):
+    return tl.where(visible, 1.0 / (1.0 + tl.exp(-scores)), 0.0)
+
+
+@triton.jit
+def _forward(
+    q, k, v, o, reach, factors, D: tl.constexpr, E: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    """o of R queries of one head; a loop over blocks of C keys. factors: (scale, shift)."""
+    scale, shift = factors
+    batch, head = tl.program_id(1), tl.program_id(2)
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    wide, values = tl.arange(0, D), tl.arange(0, E)
+    exact: tl.constexpr = q.data.dtype.element_ty == tl.float32
+    seen = _numbers(reach.query, batch, rows, q.length, ALWAYS)
+    bias = _numbers(shift, batch, rows, q.length, 0.0)
+    end = tl.max(_numbers(reach.last, batch, rows, q.length, 0), 0)
+    queries = load(q, batch, head, rows, wide)
+    total = tl.zeros((R, E), tl.float32)
+    for start in range(0, end, C):
+        columns = start + tl.arange(0, C)
+        number = _numbers(reach.key, batch, columns, k.length, NEVER)
+        keys = load(k, batch, head, columns, wide)
+        scores = product(queries, tl.trans(keys), exact) * scale + bias[:, None]
+        weights = _sigmoid(scores, number[None, :] <= seen[:, None])
+        content = load(v, batch, head, columns, values)
+        total += product(weights.to(content.dtype), content, exact)
+    store(o, batch, head, rows, values, total)
+
+
+@triton.jit
+def _backward_queries(
+    inputs, do, dq, reach, factors, D: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """dq of R queries of one head; a loop over blocks of C keys."""
+    q, k, v = inputs
+    scale, shift = factors
+    batch, head = tl.program_id(1), tl.program_id(2)
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    wide, values = tl.arange(0, D), tl.arange(0, E)
+    exact: tl.constexpr = q.data.dtype.element_ty == tl.float32
+    seen = _numbers(reach.query, batch, rows, q.length, ALWAYS)
+    bias = _numbers(shift, batch, rows, q.length, 0.0)
+    end = tl.max(_numbers(reach.last, batch, rows, q.length, 0), 0)
+    queries, upstream = load(q, batch, head, rows, wide), load(do, batch, head, rows, values)
+    total = tl.zeros((R, D), tl.float32)
+    for start in range(0, end, C):
+        columns = start + tl.arange(0, C)
+        number = _numbers(reach.key, batch, columns, k.length, NEVER)
+        keys, content = load(k, batch, head, columns, wide), load(v, batch, head, columns, values)
+        scores = product(queries, tl.trans(keys), exact) * scale + bias[:, None]
+        weights = _sigmoid(scores, number[None, :] <= seen[:, None])
+        slope = product(upstream, tl.trans(content), exact) * weights * (1.0 - weights)
+        total += product(slope.to(keys.dtype), keys, exact)
+    store(dq, batch, head, rows, wide, total * scale)
+
+
+@triton.jit
+def _backward_keys(
+    inputs, do, outputs, reach, factors, D: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of C keys of one key head; a loop over its query heads and blocks of R queries."""
+    q, k, v = inputs
+    dk, dv = outputs
+    scale, shift = factors
+    batch = tl.program_id(1)
+    columns = tl.program_id(0) * C + tl.arange(0, C)
+    wide, values = tl.arange(0, D), tl.arange(0, E)
+    exact: tl.constexpr = q.data.dtype.element_ty == tl.float32
+    leader = tl.program_id(2) * k.group  # the first query head of the group
+    number = _numbers(reach.key, batch, columns, k.length, NEVER)
+    begin = tl.min(_numbers(reach.first, batch, columns, k.length, NEVER), 0) // R * R
+    keys, content = load(k, batch, leader, columns, wide), load(v, batch, leader, columns, values)
+    key_total, value_total = tl.zeros((C, D), tl.float32), tl.zeros((C, E), tl.float32)
+    for head in range(leader, leader + k.group):
+        for start in range(begin, q.length, R):
+            rows = start + tl.arange(0, R)
+            seen = _numbers(reach.query, batch, rows, q.length, ALWAYS)
+            bias = _numbers(shift, batch, rows, q.length, 0.0)
+            queries, upstream = load(q, batch, head, rows, wide), load(do, batch, head, rows, values)
+            scores = product(keys, tl.trans(queries), exact) * scale + bias[None, :]
+            weights = _sigmoid(scores, number[:, None] <= seen[None, :])
+            value_total += product(weights.to(upstream.dtype), upstream, exact)
+            slope = product(content, tl.trans(upstream), exact) * weights * (1.0 - weights)
+            key_total += product(slope.to(queries.dtype), queries, exact)
+    store(dk, batch, leader, columns, wide, key_total * scale)
+    store(dv, batch, leader, columns, values, value_total)
+
+
+class _Blocks(NamedTuple):
+    """Rows and columns of a tile, and warps per program, all fixed by the widest head."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def _blocks(q: Tensor, v: Tensor) -> _Blocks:
+    bytes_per_row = max(q.shape[3], v.shape[3]) * q.element_size()
+    return _Blocks(64, 64, 4) if bytes_per_row <= 256 else _Blocks(64, 32, 8)
+
+
+@torch.library.custom_op("regard::sigmoid_attention", mutates_args=())
+def sigmoid_attention(
+    q: Tensor, k: Tensor, v: Tensor, shift: Tensor, reach: Sequence[Tensor], scale: float
+) -> Tensor:
+    """o (B,H,N,E) of q (B,H,N,D), k (B,H_k,M,D), v (B,H_k,M,E), shift (B,N) float32 and the fields
+    of a `Reach`, contiguous.
+    """
+    (batch, count, n, width), blocks = q.shape, _blocks(q, v)
+    o = q.new_empty(batch, count, n, v.shape[3])
+    parts = [heads(x, count) for x in (q, k, v, o)]
+    grid = (triton.cdiv(n, blocks.rows), batch, count)
+    sizes = {"D": width, "E": v.shape[3], "R": blocks.rows, "C": blocks.columns}
+    _forward[grid](*parts, Reach(*reach), (scale, shift), **sizes, num_warps=blocks.warps)
+    return o
+
+
+@torch.library.custom_op("regard::sigmoid_attention_backward", mutates_args=())
+def _sigmoid_attention_backward(
+    do: Tensor,
+    inputs: Sequence[Tensor],
+    shift: Tensor,
+    reach: Sequence[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = inputs
+    (batch, count, n, width), blocks = q.shape, _blocks(q, v)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+    parts, upstream = tuple(heads(x, count) for x in inputs), heads(do, count)
+    rest = (Reach(*reach), (scale, shift))
+    sizes = {"D": width, "E": v.shape[3], "R": blocks.rows, "C": blocks.columns}
+    grid = (triton.cdiv(n, blocks.rows), batch, count)
+    _backward_queries[grid](
+        parts, upstream, heads(dq, count), *rest, **sizes, num_warps=blocks.warps
+    )
+    grid = (triton.cdiv(k.shape[2], blocks.columns), batch, k.shape[1])
+    outputs = (heads(dk, count), heads(dv, count))
+    _backward_keys[grid](parts, upstream, outputs, *rest, **sizes, num_warps=blocks.warps)
+    return dq, dk, dv
+
+
+@sigmoid_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, shift: Tensor, reach: Sequence[Tensor], scale: float) -> Any:
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@_sigmoid_attention_backward.register_fake
+def _(
+    do: Tensor, inputs: Sequence[Tensor], shift: Tensor, reach: Sequence[Tensor], scale: float
+) -> Any:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, shift, reach, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, shift, *reach)
+
+
+def _pull(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+    q, k, v, shift, *reach = ctx.saved_tensors
+    gradients = _sigmoid_attention_backward(do, [q, k, v], shift, reach, ctx.scale)
+    return (*gradients, None, [None] * len(reach), None)
+
+
+sigmoid_attention.register_autograd(_pull, setup_context=_keep)
