@@ -20,8 +20,10 @@ from regard.core import mask as algebra
 from regard.core.blocks import tiles_of
 from regard.core.call import Call
 from regard.core.errors import ArgumentError
-from regard.core.mask import Both, Causal, Either, Frame, Given, Mask, Outside, Real
+from regard.core.frame import Frame
+from regard.core.mask import Both, Causal, Either, Given, Mask, Outside, Real
 from regard.core.scored import Scored, attend
+from regard.masks.blocks import Blocks
 from regard.masks.document import Document
 from regard.masks.future import hides_future
 from regard.masks.neighborhood import Neighborhood
@@ -77,6 +79,16 @@ def padding(m: int) -> st.SearchStrategy[Real]:
     return flags.map(lambda values: Real(torch.tensor(values).view(BATCH, m)))
 
 
+@st.composite
+def block_charts(draw: Callable[..., Any]) -> Blocks:
+    """A block map of random size for one or all heads; positions may lie beyond it."""
+    rows, columns = draw(small), draw(small)
+    heads = draw(st.sampled_from([1, HEADS]))
+    size = heads * rows * columns
+    flags = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    return Blocks(torch.tensor(flags).view(1, heads, rows, columns), draw(small))
+
+
 def simple(n: int, m: int) -> dict[type[Mask], st.SearchStrategy[Any]]:
     """How to draw each mask that is not made of others."""
     return {
@@ -89,6 +101,7 @@ def simple(n: int, m: int) -> dict[type[Mask], st.SearchStrategy[Any]]:
         PowerReach: st.builds(PowerReach, small, small, st.integers(0, 2)),
         Shards: shards(),
         Neighborhood: neighborhoods(),
+        Blocks: block_charts(),
     }
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from regard.core.blocks import tiles_of
 from regard.core.call import Call
 from regard.core.errors import ArgumentError
-from regard.core.mask import Causal, Frame
+from regard.core.frame import Frame
+from regard.core.mask import Causal
 from regard.core.scored import Scored, attend
 from regard.core.selected import Selected, choose, select
 from regard.core.sequence import in_sequence

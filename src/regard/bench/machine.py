@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import regard
@@ -70,6 +72,32 @@ def memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+@contextmanager
+def memory_limited(share: float = 0.75) -> Iterator[None]:
+    """Inside, asking for more than a share of the main memory raises an error, where the system
+    can say so, instead of ending the process.
+    """
+    total = memory()
+    try:
+        import resource
+    except ImportError:
+        resource = None
+    if resource is None or total is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = int(share * total)
+    hard = before[1]
+    resource.setrlimit(
+        resource.RLIMIT_DATA,
+        (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard),
+    )
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def cache_bytes() -> int | None:

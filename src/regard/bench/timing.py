@@ -40,13 +40,15 @@ class Pace:
             raise ArgumentError("pace", expected, (self.budget, self.least, self.most))
 
 
-def interleaved(rivals: Sequence[Work], pace: Pace) -> list[list[float]]:
+def interleaved(
+    rivals: Sequence[Work], pace: Pace, *, warm_up: Sequence[Work] | None = None
+) -> list[list[float]]:
     """Seconds of each rival in each round, after a warm-up round: A B C, A B C, ...
 
     What disturbs the machine for a while disturbs all rivals alike, so ratios within a round hold
-    where times do not.
+    where times do not. warm_up: calls that stand for the rivals in the first round.
     """
-    estimate = sum(_round(rivals))
+    estimate = sum(_round(rivals if warm_up is None else warm_up))
     rounds: list[list[float]] = []
     least = pace.least if estimate <= pace.budget else 1
     ends = time.perf_counter() + pace.budget

@@ -5,14 +5,11 @@ arithmetic on positions where a mask knows how, and exactly, by looking, where i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from regard.core.mask import Frame, Mask
+from regard.core.frame import Frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +78,3 @@ class BlockMap:
     def density(self) -> float:
         """Fraction of blocks that must be computed."""
         return self.some.float().mean().item()
-
-
-def block_map(mask: Mask, frame: Frame, block: int) -> BlockMap:
-    """The exact block map, one row of blocks at a time, so that no N x M matrix is held."""
-    n, m = frame.query_positions.shape[-1], frame.key_positions.shape[-1]
-    some, full = [], []
-    for start in range(0, n, block):
-        seen = mask.rows(frame, start, min(start + block, n))
-        some.append(_split(seen, -m % block, False, block).any(-1).any(2))
-        full.append(_split(seen, -m % block, True, block).all(-1).all(2))
-    return BlockMap(torch.stack(some, 2), torch.stack(full, 2), block)
-
-
-def _split(seen: Tensor, fringe: int, fill: bool, block: int) -> Tensor:
-    return F.pad(seen, (0, fringe), value=fill).unflatten(-1, (-1, block))

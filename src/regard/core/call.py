@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from regard.core.errors import ArgumentError
-from regard.core.mask import Frame, Mask, Real, both
+from regard.core.frame import Frame
+from regard.core.mask import Mask, Real, both
 
 
 @dataclass(frozen=True, eq=False)

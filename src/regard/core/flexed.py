@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from regard.core.blocks import tiles_of
-from regard.core.mask import Frame, Mask
+from regard.core.frame import Frame
+from regard.core.mask import Mask
 from regard.core.tiling import BLOCK
 from regard.core.weights import Scored, ScoreMod, Softmax
 

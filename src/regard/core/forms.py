@@ -14,6 +14,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from regard.core.fade import spans
+from regard.core.sweep import sweep
 
 
 def step(
@@ -24,6 +28,16 @@ def step(
         state = state * decay.exp()[..., None]
     state = state + k[..., None] * v[..., None, :]
     return (q[..., None, :] @ state)[..., 0, :], state
+
+
+def step_(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token (B,H,1,·) like the other forms, its state overwritten; not for gradients."""
+    if decay is not None:
+        state.mul_(decay[:, :, 0, :, None].exp())
+    state.addcmul_(k.mT, v)
+    return q @ state, state
 
 
 def scan(
@@ -59,45 +73,36 @@ def chunked(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     """Matmuls inside blocks of `size` tokens, the state carried between blocks; linear in N."""
-    n = q.shape[2]
-    whole = n - n % size
-    if 0 < whole < n:
-        outputs = []
-        for part in (slice(0, whole), slice(whole, n)):
-            own = decay if decay is None or decay.shape[2] == 1 else decay[:, :, part]
-            o, state = chunked(q[:, :, part], k[:, :, part], v[:, :, part], own, state, size)
-            outputs.append(o)
-        return torch.cat(outputs, 2), state
-    size = min(size, n)
-    q, k, v = (x.unflatten(2, (-1, size)) for x in (q, k, v))  # (B, H, N/c, c, ·)
-    kept = None
-    if decay is None:
-        o = (q @ k.mT).tril() @ v
-    else:
-        decay = decay[:, :, None] if decay.shape[2] == 1 else decay.unflatten(2, (-1, size))
-        decay = decay.expand(-1, -1, -1, size, -1)
-        o = _inside(q, k, v, decay)
-        since = decay.cumsum(3).exp()
-        q, k, kept = q * since, k * _until_end(decay).exp(), since[:, :, :, -1, :, None]
-    before, state = _carried(state, k.mT @ v, kept)
-    return (o + q @ before).flatten(2, 3), state
+    if decay is None or decay.shape[-1] == 1:
+        return sweep(q, k, v, decay, state, size)
+    every, outputs = list(spans(k, max(k.shape[3], v.shape[3]), size)), []
+    train = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, decay, state))
+    for rows, length in every:
+        parts = (q[:, :, rows], k[:, :, rows], v[:, :, rows], decay[:, :, rows], state, length)
+        if train and len(every) > 1:  # keep the parts only, compute the blocks again in backward
+            o, state = checkpoint(_blocks, *parts, use_reentrant=False, preserve_rng_state=False)
+        else:
+            o, state = _blocks(*parts)
+        outputs.append(o)
+    return torch.cat(outputs, 2), state
 
 
-def _carried(state: Tensor, written: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States before each block, (B,H,N/c,F,E), and after the last, from what each block writes."""
-    before = []
-    for block in range(written.shape[2]):
+def _blocks(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """A group of blocks with a decay per channel (B,H,N,F)."""
+    q, k, v, decay = (x.unflatten(2, (-1, size)) for x in (q, k, v, decay))  # (B, H, N/c, c, ·)
+    since = decay.cumsum(3).exp()
+    o = _inside(q, k, v, decay)
+    written, before = (k * _until_end(decay).exp()).mT @ v, []
+    for block, kept in enumerate(since[:, :, :, -1].unbind(2)):
         before.append(state)
-        if kept is not None:
-            state = state * kept[:, :, 0 if kept.shape[2] == 1 else block]
-        state = state + written[:, :, block]
-    return torch.stack(before, 2), state
+        state = state * kept[..., None] + written[:, :, block]
+    return (o + (q * since) @ torch.stack(before, 2)).flatten(2, 3), state
 
 
 def _inside(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
     """Causal decayed outputs inside blocks, (B,H,N/c,c,F) -> (B,H,N/c,c,E)."""
-    if decay.shape[-1] == 1:
-        return ((k @ q.mT) * gaps(decay[..., 0]).exp()).mT @ v
     size, half = q.shape[3], 1
     fringe = (1 << (size - 1).bit_length()) - size
     q, k, v, decay = (F.pad(x, (0, 0, 0, fringe)) for x in (q, k, v, decay))

@@ -12,7 +12,7 @@ there is one state for all queries.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from regard.core.boundary import check_qkv, refuse
 from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError, UnsupportedError
-from regard.core.forms import chunked, parallel, scan
+from regard.core.forms import chunked, parallel, scan, step_
 from regard.core.mask import Causal
 from regard.core.scored import repeat_heads, without_padding
 
@@ -33,9 +33,17 @@ Form = Literal["auto", "parallel", "chunk", "scan"]
 class Memory:
     """State of a recurrent mechanism after some tokens: S (B,H,F,E), in float32 at least, one
     column wider where it is normalised.
+
+    spare: its owner needs it no more, so a step without gradients may overwrite it and saves the
+    copy; what comes out of the step is spare as well.
     """
 
     content: Tensor
+    spare: bool = False
+
+    def handed_over(self) -> Memory:
+        """The same memory, to be overwritten by the next step."""
+        return replace(self, spare=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +85,19 @@ def recur(
     check_qkv(q, k, v, call)
     refuse(call, "a recurrent mechanism", "scale")
     causal, dtype = is_causal(call, "a recurrent mechanism"), q.dtype
-    run = _form(form, method.chunk, q.shape[2])
+    one = q.shape[2] == 1 and form == "auto"
+    run = _form("scan" if one else form, method.chunk)
     q, k, v = (widened(x) for x in without_padding(q, k, v, call))
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     if method.normalise:
         v = F.pad(v, (0, 1), value=1.0)
     if causal:
-        o, after = _causal(q, k, v, _token_decay(method.log_decay, q, call), state, run)
+        decay = token_decay(method.log_decay, q, call)
+        content = continued(q, k, v, state, "a recurrent mechanism")
+        if one and overwritable(state, q, k, v, decay):
+            run = step_
+        o, content = run(q, k, v, decay, content) if q.shape[2] else (torch.zeros_like(v), content)
+        after = Memory(content, state is not None and state.spare)
     elif method.log_decay is not None or state is not None:
         raise UnsupportedError(
             "a recurrent mechanism", "decay and carried state need a causal mask"
@@ -123,10 +137,10 @@ def inverse(total: Tensor) -> Tensor:
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
 
 
-def _form(form: Form, chunk: int, tokens: int) -> Forward:
+def _form(form: Form, chunk: int) -> Forward:
     if chunk < 1:
         raise ArgumentError("chunk", "at least 1", chunk)
-    if form == "scan" or (form == "auto" and tokens == 1):
+    if form == "scan":
         return scan
     if form in ("auto", "chunk"):
         return lambda q, k, v, decay, state: chunked(q, k, v, decay, state, chunk)
@@ -135,24 +149,29 @@ def _form(form: Form, chunk: int, tokens: int) -> Forward:
     raise ArgumentError("form", "'auto', 'parallel', 'chunk' or 'scan'", form)
 
 
-def _causal(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Memory | None, run: Forward
-) -> tuple[Tensor, Memory]:
+def continued(q: Tensor, k: Tensor, v: Tensor, state: Memory | None, who: str) -> Tensor:
+    """The state (B,H,F,E) a causal call starts with; unequal queries and keys are refused."""
     if q.shape[2] != k.shape[2]:
-        raise UnsupportedError(
-            "a recurrent mechanism", f"causal with {q.shape[2]} queries and {k.shape[2]} keys"
-        )
+        raise UnsupportedError(who, f"causal with {q.shape[2]} queries and {k.shape[2]} keys")
     shape = (*k.shape[:2], k.shape[3], v.shape[3])
-    if state is not None and tuple(state.content.shape) != shape:
+    if state is None:
+        return k.new_zeros(shape)
+    if tuple(state.content.shape) != shape:
         raise ArgumentError("state.content", f"shape {shape}", tuple(state.content.shape))
-    content = k.new_zeros(shape) if state is None else state.content
-    if q.shape[2] == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[3]), Memory(content)
-    o, content = run(q, k, v, decay, content)
-    return o, Memory(content)
+    return state.content
 
 
-def _token_decay(log_decay: Tensor | None, q: Tensor, call: Call) -> Tensor | None:
+def overwritable(state: Memory | None, *inputs: Tensor | None) -> bool:
+    """Whether a step on these inputs may overwrite the state: it is spare and nothing is recorded
+    for gradients.
+    """
+    if state is None or not state.spare:
+        return False
+    every = (state.content, *(x for x in inputs if x is not None))
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in every))
+
+
+def token_decay(log_decay: Tensor | None, q: Tensor, call: Call) -> Tensor | None:
     """Log decay as (1,H,1,1) where it is the same for all tokens, else as (B,H,N,1 or F); no time
     passes during padding.
     """

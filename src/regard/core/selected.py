@@ -19,7 +19,8 @@ from torch import Tensor
 from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError
-from regard.core.mask import Mask, Pairs, both
+from regard.core.frame import Pairs
+from regard.core.mask import Mask, both
 from regard.core.scored import (
     Scored,
     attend,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from regard.core.call import Call
-from regard.core.mask import Frame, Mask
+from regard.core.frame import Frame
+from regard.core.mask import Mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.errors import UnsupportedError
-from regard.core.mask import Frame, Mask, Pairs
+from regard.core.frame import Frame, Pairs
+from regard.core.mask import Mask
 from regard.core.tiling import BLOCK, Tile, width
 from regard.core.weights import (
     Scored,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from regard.core.blocks import tiles_of
-from regard.core.mask import Frame, Mask
+from regard.core.frame import Frame
+from regard.core.mask import Mask
 
 BLOCK = 128
 """Rows of a block of queries or keys."""

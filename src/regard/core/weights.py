@@ -13,7 +13,8 @@ from torch import Tensor
 
 from regard.core.call import Call
 from regard.core.errors import UnsupportedError
-from regard.core.mask import Mask, Pairs
+from regard.core.frame import Pairs
+from regard.core.mask import Mask
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

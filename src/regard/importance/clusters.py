@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.core.mask import Mask, Pairs
+from regard.core.frame import Pairs
+from regard.core.mask import Mask
 from regard.core.selected import Choice
 
 

@@ -87,7 +87,7 @@ def rank_augmented(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, call: Call) 
     scores = mean @ k.mT * scale_of(call, None, q.shape[-1])
     alpha = count * Softmax()(scores, real, real.sum(-1, keepdim=True))
     k = k * alpha.mT
-    total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True) + 1e-6 * count
+    total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True) + 1e-6 * count.to(q.dtype)
     o = rotate(q, angles, "pairs") @ (rotate(k, angles, "pairs").mT @ v) / total
     return o.to(dtype)
 

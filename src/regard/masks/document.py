@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regard.core.blocks import Tiles, edges
-from regard.core.mask import Mask, Pairs
+from regard.core.frame import Pairs
+from regard.core.mask import Mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from regard.core.blocks import Tiles
 from regard.core.errors import ArgumentError
-from regard.core.mask import Mask, Pairs
+from regard.core.frame import Pairs
+from regard.core.mask import Mask
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Limit, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
-from regard.core.mask import Mask, Pairs
+from regard.core.frame import Pairs
+from regard.core.mask import Mask
 from regard.core.padding import front_aligned
 from regard.core.recurrent import is_causal
 from regard.core.scored import (

@@ -63,7 +63,9 @@ class Reweighted:
         first = LengthScaledSoftplus(self.eps).wide(scores, visible, count)
         if first.shape[-1] == 0:
             return first.to(scores.dtype)
-        excess = torch.relu(first * count.to(first.dtype) - self.offset * (count > _SHORT))
+        excess = torch.relu(
+            first * count.to(first.dtype) - self.offset * (count > _SHORT).to(first.dtype)
+        )
         if self.eps is not None:
             return _shares(excess**self.power, self.eps).to(scores.dtype)
         peak = excess.amax(-1, keepdim=True).detach()  # a row's factor, which the sum takes out

@@ -24,7 +24,8 @@ from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
-from regard.core.mask import Causal, Frame
+from regard.core.frame import Frame
+from regard.core.mask import Causal
 from regard.core.scored import (
     TILED_FROM,
     Scored,

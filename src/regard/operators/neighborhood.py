@@ -22,7 +22,8 @@ from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.errors import UnsupportedError
-from regard.core.mask import Frame, Mask
+from regard.core.frame import Frame
+from regard.core.mask import Mask
 from regard.core.scored import Scored, attend
 from regard.masks.future import hides_future
 from regard.masks.neighborhood import Neighborhood

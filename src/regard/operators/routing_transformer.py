@@ -27,8 +27,9 @@ from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.frame import Frame
 from regard.core.grouped import Grouped, attend_in_groups
-from regard.core.mask import Causal, Frame
+from regard.core.mask import Causal
 from regard.core.scored import Scored, ScoreMod, repeat_heads, without_padding
 from regard.core.selected import Choice, Selected, attend_chosen, choose, select
 from regard.core.sequence import in_sequence

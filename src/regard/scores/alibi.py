@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regard.core.mask import Frame
+from regard.core.frame import Frame
 from regard.core.scored import ScoreMod
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.core.mask import Frame, Pairs
+from regard.core.frame import Frame, Pairs
 from regard.core.scored import ScoreMod
 
 

@@ -41,6 +41,7 @@ CHECKS: dict[str, Check] = {
     "empty_rows": Check(masking.empty_rows),
     "gradients": Check(numerics.gradients),
     "precision": Check(numerics.precision),
+    "double_throughout": Check(numerics.double_throughout),
     "huge_logits": Check(numerics.huge_logits),
     "compiles": Check(numerics.compiles),
     "cost": Check(numerics.cost),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.core.card import Card
 from regard.core.count import count_flops
@@ -79,6 +80,29 @@ def _lower(
     return Subject(card, pattern, dtype=dtype, options=options or {}).run(
         [x.to(dtype) for x in inputs]
     )
+
+
+class _Narrow(TorchDispatchMode):
+    """Remembers which operation made a floating-point tensor narrower than float64."""
+
+    found: str = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        narrow = (torch.float32, torch.bfloat16, torch.float16)
+        if isinstance(out, Tensor) and out.dtype in narrow and out.numel():
+            self.found = self.found or str(func)
+        return out
+
+
+def double_throughout(card: Card) -> None:
+    """A float64 call computes nothing in a narrower type on its way."""
+    for pattern in card.patterns:
+        subject = Subject(card, pattern)
+        inputs = subject.inputs()
+        with _Narrow() as mode:
+            subject.run(inputs)
+        assert not mode.found, f"{pattern}: {mode.found} made a tensor narrower than float64"
 
 
 def huge_logits(card: Card) -> None:

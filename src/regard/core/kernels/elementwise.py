@@ -128,7 +128,10 @@ def _backward_keys(
             rows = start + tl.arange(0, R)
             seen = _numbers(reach.query, batch, rows, q.length, ALWAYS)
             bias = _numbers(shift, batch, rows, q.length, 0.0)
-            queries, upstream = load(q, batch, head, rows, wide), load(do, batch, head, rows, values)
+            queries, upstream = (
+                load(q, batch, head, rows, wide),
+                load(do, batch, head, rows, values),
+            )
             scores = product(keys, tl.trans(queries), exact) * scale + bias[None, :]
             weights = _sigmoid(scores, number[:, None] <= seen[None, :])
             value_total += product(weights.to(upstream.dtype), upstream, exact)
@@ -138,17 +141,12 @@ def _backward_keys(
     store(dv, batch, leader, columns, values, value_total)
 
 
-class _Blocks(NamedTuple):
-    """Rows and columns of a tile, and warps per program, all fixed by the widest head."""
-
-    rows: int
-    columns: int
-    warps: int
-
-
-def _blocks(q: Tensor, v: Tensor) -> _Blocks:
-    bytes_per_row = max(q.shape[3], v.shape[3]) * q.element_size()
-    return _Blocks(64, 64, 4) if bytes_per_row <= 256 else _Blocks(64, 32, 8)
+def _plan(q: Tensor, v: Tensor) -> dict[str, Any]:
+    """Tile sizes and warps, fixed by the bytes of the widest row so that sm_90 has room for them."""
+    size = max(q.shape[3], v.shape[3]) * q.element_size()
+    rows, columns = (64, 64) if size <= 256 else (64, 32) if size <= 512 else (32, 32)
+    sizes = {"D": q.shape[3], "E": v.shape[3], "R": rows, "C": columns}
+    return sizes | {"num_warps": 4 if size <= 128 else 8, "enable_fp_fusion": True}
 
 
 @torch.library.custom_op("regard::sigmoid_attention", mutates_args=())
@@ -158,12 +156,11 @@ def sigmoid_attention(
     """o (B,H,N,E) of q (B,H,N,D), k (B,H_k,M,D), v (B,H_k,M,E), shift (B,N) float32 and the fields
     of a `Reach`, contiguous.
     """
-    (batch, count, n, width), blocks = q.shape, _blocks(q, v)
+    (batch, count, n, _), plan = q.shape, _plan(q, v)
     o = q.new_empty(batch, count, n, v.shape[3])
     parts = [heads(x, count) for x in (q, k, v, o)]
-    grid = (triton.cdiv(n, blocks.rows), batch, count)
-    sizes = {"D": width, "E": v.shape[3], "R": blocks.rows, "C": blocks.columns}
-    _forward[grid](*parts, Reach(*reach), (scale, shift), **sizes, num_warps=blocks.warps)
+    grid = (triton.cdiv(n, plan["R"]), batch, count)
+    _forward[grid](*parts, Reach(*reach), (scale, shift), **plan)
     return o
 
 
@@ -176,18 +173,14 @@ def _sigmoid_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = inputs
-    (batch, count, n, width), blocks = q.shape, _blocks(q, v)
+    (batch, count, n, _), plan = q.shape, _plan(q, v)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     parts, upstream = tuple(heads(x, count) for x in inputs), heads(do, count)
     rest = (Reach(*reach), (scale, shift))
-    sizes = {"D": width, "E": v.shape[3], "R": blocks.rows, "C": blocks.columns}
-    grid = (triton.cdiv(n, blocks.rows), batch, count)
-    _backward_queries[grid](
-        parts, upstream, heads(dq, count), *rest, **sizes, num_warps=blocks.warps
-    )
-    grid = (triton.cdiv(k.shape[2], blocks.columns), batch, k.shape[1])
-    outputs = (heads(dk, count), heads(dv, count))
-    _backward_keys[grid](parts, upstream, outputs, *rest, **sizes, num_warps=blocks.warps)
+    grid = (triton.cdiv(n, plan["R"]), batch, count)
+    _backward_queries[grid](parts, upstream, heads(dq, count), *rest, **plan)
+    grid = (triton.cdiv(k.shape[2], plan["C"]), batch, k.shape[1])
+    _backward_keys[grid](parts, upstream, (heads(dk, count), heads(dv, count)), *rest, **plan)
     return dq, dk, dv
 
 

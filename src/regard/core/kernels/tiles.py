@@ -59,7 +59,7 @@ def product(a, b, PRECISE: tl.constexpr):
     """a @ b, summed in float32; float32 factors keep all their digits if PRECISE, else as many as
     16-bit numbers have, with float32's range.
     """
-    return tl.dot(a, b, input_precision="ieee" if PRECISE else "tf32")
+    return tl.dot(a, b, input_precision="tf32x3" if PRECISE else "tf32")
 
 
 INTERPRETED = not isinstance(load, triton.JITFunction)

@@ -1,0 +1,103 @@
+"""Peak memory: one call in a fresh process, its high-water mark against what inputs and parameters
+already took.
+
+Resident pages count everything: tensors, and what libraries set aside for themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from regard.bench.record import Record
+from regard.bench.rivals import Mode, Setting
+from regard.bench.spec import Spec
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+SMALL = 64  # tokens of the call that loads libraries and starts threads, before the mark is set
+
+
+class Job(Record):
+    """One call to be measured: the mechanism, or its rival."""
+
+    spec: Spec
+    size: tuple[int, ...]
+    mode: Mode
+    setting: Setting
+    threads: int
+    baseline: bool = False
+
+
+def peak_bytes(job: Job) -> int:
+    """Extra bytes at the peak of the call, measured in a process of its own.
+
+    Raises:
+        RegardError: the mechanism refuses the size.
+        MemoryError: the process was ended, most likely for want of memory.
+    """
+    known = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+    if "forkserver" in known:
+        context.set_forkserver_preload(["regard.bench.rivals"])
+    with ProcessPoolExecutor(1, mp_context=context) as fresh:
+        try:
+            return fresh.submit(measured, job).result()
+        except BrokenProcessPool as error:
+            raise MemoryError("the process was ended by the system") from error
+
+
+def measured(job: Job) -> int:
+    """Extra bytes at the peak of the call in this process, which should do nothing else."""
+    import gc
+
+    import torch
+
+    from regard.bench.machine import memory_limited
+    from regard.bench.rivals import rivals
+
+    torch.set_num_threads(job.threads)
+    small = tuple(min(side, SMALL if len(job.size) == 1 else 8) for side in job.size)
+    with memory_limited():
+        rivals(job.spec, small, job.setting).works(job.mode)[job.baseline]()
+        work = rivals(job.spec, job.size, job.setting).works(job.mode)[job.baseline]
+        gc.collect()
+        _trim()
+        before = _reset()
+        kept = work()
+        after = _high_water()
+        del kept
+    return max(after - before, 0)
+
+
+def _trim() -> None:
+    """Hand freed memory back to the system, so that the call cannot reuse it unseen (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _reset() -> int:
+    """Lower the high-water mark to the memory in use now, where the system allows, and return it
+    (otherwise the mark so far, from which a lower peak cannot be told).
+    """
+    if not CLEAR.exists():
+        return _high_water()
+    CLEAR.write_text("5")
+    return _high_water()
+
+
+def _high_water() -> int:
+    """Bytes this process ever had resident since the mark was set."""
+    if STATUS.exists():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

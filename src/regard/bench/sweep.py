@@ -1,0 +1,171 @@
+"""The sweep: every mechanism at every length against scaled_dot_product_attention, in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from regard.bench.book import Book
+from regard.bench.gate import Gate, gate
+from regard.bench.machine import memory_limited
+from regard.bench.rivals import Mode, rivals, size_for
+from regard.bench.roof import PROBE_FLOPS, matmul_probe
+from regard.bench.spec import Spec
+from regard.bench.speed import Status, TimePoint
+from regard.bench.timing import Pace, Work, interleaved, rate, ratio, spread
+from regard.build import layer_options
+from regard.core.catalog import card, cards
+from regard.core.count import count_flops
+from regard.core.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to sweep. cap: seconds of one call beyond which longer inputs are left out."""
+
+    specs: tuple[Spec, ...]
+    lengths: tuple[int, ...]
+    modes: tuple[Mode, ...]
+    pace: Pace = Pace()
+    cap: float = 2.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a measurement stands: points done of how many, and what is next."""
+
+    done: int
+    total: int
+    what: str = ""
+
+
+Watch = Callable[[Progress], None]
+
+
+def every_mechanism() -> tuple[Spec, ...]:
+    """Every card with its default options."""
+    return tuple(Spec(name=name) for name in cards())
+
+
+def check_specs(specs: tuple[Spec, ...]) -> None:
+    """Refuse unknown mechanisms and options before anything is measured.
+
+    Raises:
+        UnknownNameError: near names are suggested.
+    """
+    for spec in specs:
+        known = layer_options(card(spec.name))
+        for name in spec.options:
+            if name not in known:
+                raise UnknownNameError(f"option of {spec.name}", name, known)
+
+
+def sweep(plan: Plan, book: Book, watch: Watch) -> None:
+    """Measure every point of the plan that the book does not hold yet."""
+    check_specs(plan.specs)
+    held = {(p.mechanism.label, p.mode, p.length): p for p in book.speed.times}
+    total, done = len(plan.specs) * len(plan.modes) * len(plan.lengths), 0
+    for spec in plan.specs:
+        for mode in plan.modes:
+            line = _Line(spec, mode, plan, book)
+            for length in sorted(plan.lengths):
+                watch(Progress(done, total, f"{spec.label}, {mode}, N={length}"))
+                point = held.get((spec.label, mode, length))
+                if point is None:
+                    point = line.measured(length)
+                    book.add("times", [point])
+                line.look(point)
+                done += 1
+    watch(Progress(done, total))
+
+
+class _Line:
+    """One mechanism in one mode, from short to long inputs."""
+
+    def __init__(self, spec: Spec, mode: Mode, plan: Plan, book: Book) -> None:
+        self.spec, self.mode, self.plan, self.book = spec, mode, plan, book
+        self.gate: Gate | None = None
+        self.ends = ""  # why longer inputs are left out
+
+    def look(self, point: TimePoint) -> None:
+        """Learn from a point whether longer inputs can be measured."""
+        if point.status == "failed":
+            self.ends = f"it failed at {point.length}"
+        elif point.seconds is not None and point.seconds.median > self.plan.cap:
+            took = f"{point.seconds.median:.2g} s at {point.length}"
+            self.ends = f"took {took}, over the cap of {self.plan.cap:g} s"
+
+    def measured(self, length: int) -> TimePoint:
+        """The point at a length; whatever goes wrong with the mechanism becomes its status."""
+        entry = card(self.spec.name)
+        size = size_for(entry, length)
+        blank = TimePoint(
+            mechanism=self.spec,
+            status="stopped",
+            reason=self.ends,
+            session=self.book.session,
+            mode=self.mode,
+            length=length,
+            tokens=math.prod(size),
+            grid=size if len(size) > 1 else None,
+            causal=entry.causal and len(size) == 1,
+        )
+        if self.ends:
+            return blank
+        with memory_limited():
+            try:
+                return self._timed(blank, size)
+            except (RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:
+                return _with_status(blank, "failed", told(error))
+
+    def _timed(self, blank: TimePoint, size: tuple[int, ...]) -> TimePoint:
+        setting = self.book.speed.setting
+        if self.gate is None:
+            self.gate = gate(self.spec, setting, self.mode)
+        if not self.gate.passed:
+            wrong = _with_status(blank, "wrong", "it differs from its own truth")
+            return wrong.model_copy(update={"gate": self.gate})
+        works = rivals(self.spec, size, setting).works(self.mode)
+        return blank.model_copy(
+            update={"status": "measured", "gate": self.gate, **clocked(works, self.plan.pace)}
+        )
+
+
+def clocked(works: tuple[Work, Work], pace: Pace) -> dict[str, Any]:
+    """Times of a mechanism and its rival, with a matrix product timed in turn as their roof."""
+    flops: list[int] = []
+    probe = matmul_probe()
+    counting = [*(_counted(work, flops) for work in works), probe]
+    own, baseline, products = interleaved([*works, probe], pace, warm_up=counting)
+    roof = rate(PROBE_FLOPS, products)
+    return {
+        "seconds": spread(own),
+        "baseline_seconds": spread(baseline),
+        "speedup": ratio(baseline, own),
+        "flops": flops[0],
+        "fraction": rate(flops[0], own) / roof,
+        "baseline_fraction": rate(flops[1], baseline) / roof,
+    }
+
+
+def told(error: Exception) -> str:
+    """The first line of an error, as a reason."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {first}"
+
+
+def _counted(work: Work, flops: list[int]) -> Work:
+    """A call that also appends its operations to a list."""
+
+    def counting() -> None:
+        with count_flops() as counted:
+            work()
+        flops.append(counted.flops)
+
+    return counting
+
+
+def _with_status(point: TimePoint, status: Status, reason: str) -> TimePoint:
+    return point.model_copy(update={"status": status, "reason": reason})
