@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= 2
+BENCH ?= runs/bench/$(shell date +%F)
 
-.PHONY: venv demo test test-all check format mutants docs clean
+.PHONY: venv demo test test-all check format mutants docs bench clean
 
 venv: $(VENV)/.ready
 
@@ -39,6 +40,11 @@ mutants: venv
 docs: venv
 	$(BIN)/python -c "from pathlib import Path; \
 	from regard.report.methods import write_pages; write_pages(Path('.'))"
+
+bench: venv
+	$(BIN)/regard bench targets --threads $(THREADS) --out $(BENCH)
+	$(BIN)/regard bench speed --lengths 256..4096 --budget 0.3 --cap 0.5 --threads $(THREADS) \
+	  --out $(BENCH) --publish benchmarks/results
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -172,7 +172,7 @@ def test_infinite_decay_forgets_everything(form: DeltaForm) -> None:
 
 
 def test_equal_keys_are_solved_without_loss() -> None:
-    """The worst system: one key for all tokens, beta = 2, so corrections alternate and never fade."""
+    """The worst system: one key for all tokens, beta = 2: corrections alternate and never fade."""
     leaves = [x.detach() for x in problem(256, "none", 4)]
     leaves[1], leaves[3] = leaves[1][:, :, :1].expand(-1, -1, 256, -1), torch.full((2, 4, 256), 2.0)
     truth, _ = run([x.double() for x in leaves], "scan")

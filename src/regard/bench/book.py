@@ -4,6 +4,7 @@ the same command goes on where it stopped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Literal
 import torch
 
 from regard.bench.efficiency import efficiencies
-from regard.bench.machine import hardware, versions
+from regard.bench.machine import hardware, load, versions
 from regard.bench.record import Record, read_record, write_json
 from regard.bench.rivals import Setting
 from regard.bench.roof import measure_roof
 from regard.bench.speed import DecodePoint, MemoryPoint, Session, Speed, TargetPoint, TimePoint
 from regard.core.errors import ArgumentError
+from regard.report.speed import write_speed
 
 FILE = "speed.json"
+BUSY = 0.5  # load per core from which times are not to be trusted
 Kind = Literal["times", "memory", "decode", "targets"]
 Point = TimePoint | MemoryPoint | DecodePoint | TargetPoint
 
@@ -57,6 +60,7 @@ class Book:
             opened = Session(
                 started=datetime.now(UTC).isoformat(timespec="seconds"),
                 command=self.command,
+                load=load(),
                 hardware=hardware(),
                 versions=versions(),
                 roof=measure_roof(),
@@ -67,6 +71,18 @@ class Book:
     def add(self, kind: Kind, points: Iterable[Point]) -> None:
         """Keep finished points and write the book."""
         self._change(kind, (*getattr(self.speed, kind), *points))
+
+    def published(self, folder: Path) -> tuple[Path, Path]:
+        """Copy the results and their report to a folder, named after the day and the machine."""
+        last = self.speed.sessions[-1] if self.speed.sessions else None
+        if last is None:
+            raise ArgumentError("publish", "something measured", "no results")
+        processor = re.sub(r"[^a-z0-9]+", "-", last.hardware.processor.lower()).strip("-")
+        stem = f"{last.started[:10]}-{processor or 'unknown'}-{self.speed.threads}-threads"
+        result, page = folder / f"{stem}.json", folder / f"{stem}.html"
+        write_json(result, self.speed)
+        write_speed(self.speed.plain(), page)
+        return result, page
 
     def _change(self, field: str, value: tuple[Record, ...]) -> None:
         speed = self.speed.model_copy(update={field: value})
@@ -82,6 +98,10 @@ def _notes(speed: Speed) -> tuple[str, ...]:
         values = {str(session.versions.plain()[name]) for session in speed.sessions}
         if len(values) > 1:
             notes.append(f"made with several versions of {name}: {', '.join(sorted(values))}")
+    for session in speed.sessions:
+        if session.load is not None and session.load > BUSY * session.hardware.cores:
+            wanted = f"{session.load:.1f} processes wanted its {session.hardware.cores} cores"
+            notes.append(f"the machine was busy at {session.started}: {wanted}")
     processors = {session.hardware.processor for session in speed.sessions}
     if len(processors) > 1:
         notes.append(f"made on several processors: {', '.join(sorted(processors))}")

@@ -70,6 +70,7 @@ def _point(spec: Spec, plan: DecodePlan, book: Book) -> DecodePoint:
     entry, setting = card(spec.name), book.speed.setting
     blank = DecodePoint(
         mechanism=spec,
+        family=entry.family,
         status="failed",
         session=book.session,
         asked=plan.keys,
@@ -94,14 +95,17 @@ def _bare(entry: Card) -> bool:
 def _ready(spec: Spec, plan: DecodePlan, setting: Setting) -> Ready:
     """The step to be timed; options as `rivals` chooses them."""
     entry = card(spec.name)
-    for options in option_choices(entry, spec.options, (plan.keys + 1,), setting):
+    choices = option_choices(entry, spec.options, (plan.keys + 1,), setting)
+    for left, options in enumerate(choices, 1 - len(choices)):
         try:
+            layer = _built(spec, options, setting)
             if _bare(entry):
-                return operator_ready(_built(spec, options, setting), plan.keys, setting)
-            return layer_ready(_built(spec, options, setting), plan, setting)
-        except (ArgumentError, UnsupportedError) as error:
-            refused = error
-    raise refused
+                return operator_ready(layer, plan.keys, setting)
+            return layer_ready(layer, plan, setting)
+        except (ArgumentError, UnsupportedError):
+            if left == 0:
+                raise
+    raise UnsupportedError(spec.label, "it has no options for this many keys")
 
 
 def operator_ready(layer: Any, keys: int, setting: Setting) -> Ready:

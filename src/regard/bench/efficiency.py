@@ -32,15 +32,15 @@ def efficiencies(
 ) -> tuple[Efficiency, ...]:
     """Efficiency of every mechanism in everything measured of it.
 
-    It wins in time where the median of its speed-ups exceeds one, in memory where its peak lies
-    below the rival's.
+    It wins in time where even the lower quartile of its speed-ups exceeds one, in memory where its
+    peak lies below the rival's.
     """
     found: dict[tuple[str, What], tuple[Spec, dict[int, bool]]] = {}
     for point in times:
         if point.speedup is not None:
             what: What = "forward time" if point.mode == "forward" else "backward time"
             _, wins = found.setdefault((point.mechanism.label, what), (point.mechanism, {}))
-            wins[point.length] = point.speedup.median > 1
+            wins[point.length] = point.speedup.low > 1
     for point in memory:
         if point.peak_bytes is not None and point.baseline_bytes is not None:
             what = "forward memory" if point.mode == "forward" else "backward memory"

@@ -17,9 +17,14 @@ from pathlib import Path
 from regard.bench.record import Record
 from regard.bench.rivals import Mode, Setting
 from regard.bench.spec import Spec
+from regard.core.errors import RegardError
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SMALL = 64  # tokens of the call that loads libraries and starts threads, before the mark is set
+
+
+class FootprintError(RegardError, RuntimeError):
+    """A call whose memory could not be measured, and why."""
 
 
 class Job(Record):
@@ -37,8 +42,7 @@ def peak_bytes(job: Job) -> int:
     """Extra bytes at the peak of the call, measured in a process of its own.
 
     Raises:
-        RegardError: the mechanism refuses the size.
-        MemoryError: the process was ended, most likely for want of memory.
+        FootprintError: the call failed there, or the system ended the process.
     """
     known = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
@@ -46,12 +50,26 @@ def peak_bytes(job: Job) -> int:
         context.set_forkserver_preload(["regard.bench.rivals"])
     with ProcessPoolExecutor(1, mp_context=context) as fresh:
         try:
-            return fresh.submit(measured, job).result()
+            found = fresh.submit(measured, job).result()
         except BrokenProcessPool as error:
-            raise MemoryError("the process was ended by the system") from error
+            reason = "the system ended the process, most likely for want of memory"
+            raise FootprintError(reason) from error
+    if isinstance(found, str):
+        raise FootprintError(found)
+    return found
 
 
-def measured(job: Job) -> int:
+def measured(job: Job) -> int | str:
+    """Extra bytes at the peak of the call in this process, or why there are none."""
+    from regard.bench.sweep import told
+
+    try:
+        return extra_bytes(job)
+    except (RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:
+        return told(error)
+
+
+def extra_bytes(job: Job) -> int:
     """Extra bytes at the peak of the call in this process, which should do nothing else."""
     import gc
 

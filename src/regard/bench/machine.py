@@ -74,6 +74,11 @@ def memory() -> int | None:
         return None
 
 
+def load() -> float | None:
+    """Processes that wanted to run in the last minute, on average; None where unknown."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 @contextmanager
 def memory_limited(share: float = 0.75) -> Iterator[None]:
     """Inside, asking for more than a share of the main memory raises an error, where the system

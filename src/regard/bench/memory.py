@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from regard.bench.book import Book
-from regard.bench.footprint import Job, peak_bytes
+from regard.bench.footprint import FootprintError, Job, peak_bytes
 from regard.bench.rivals import Mode, size_for
 from regard.bench.spec import Spec
 from regard.bench.speed import MemoryPoint
@@ -17,7 +18,7 @@ def sweep_memory(plan: Plan, book: Book, watch: Watch) -> None:
     """Measure the peak of every point of the plan that the book does not hold yet."""
     check_specs(plan.specs)
     held = {(p.mechanism.label, p.mode, p.length) for p in book.speed.memory}
-    work = [(s, m, n) for s in plan.specs for m in plan.modes for n in sorted(plan.lengths)]
+    work = list(itertools.product(plan.specs, plan.modes, sorted(plan.lengths)))
     peaks = _Peaks(book)
     for done, (spec, mode, length) in enumerate(work):
         watch(Progress(done, len(work), f"memory of {spec.label}, {mode}, N={length}"))
@@ -35,9 +36,11 @@ class _Peaks:
 
     def point(self, spec: Spec, mode: Mode, length: int) -> MemoryPoint:
         """One point; whatever goes wrong with the mechanism becomes its status."""
-        size = size_for(card(spec.name), length)
+        entry = card(spec.name)
+        size = size_for(entry, length)
         blank = MemoryPoint(
             mechanism=spec,
+            family=entry.family,
             status="measured",
             session=self.book.session,
             mode=mode,
@@ -53,7 +56,7 @@ class _Peaks:
         )
         try:
             peak = peak_bytes(job)
-        except (RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:
+        except FootprintError as error:
             return blank.model_copy(update={"status": "failed", "reason": told(error)})
         return blank.model_copy(update={"peak_bytes": peak, "baseline_bytes": self._rival(job)})
 

@@ -6,27 +6,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from regard.bench.decode import clocked as decode_clocked
 from regard.bench.decode import operator_ready
 from regard.bench.footprint import Job, peak_bytes
 from regard.bench.gate import Gate, gate, judged
-from regard.bench.rivals import Mode, Rivals, Setting, option_choices, rivals
+from regard.bench.rivals import Mode, Setting, option_choices, rivals
 from regard.bench.spec import Spec
 from regard.bench.sweep import clocked
 from regard.bench.timing import Pace, interleaved, ratio, spread
 from regard.build import create
-from regard.core.call import Call
 from regard.core.catalog import card
 from regard.core.errors import UnsupportedError
-from regard.core.scored import Impl, Scored, attend
-from regard.masks.blocks import Blocks
 
 MIB = 2**20
-BLOCK = 128
-GATE_LENGTH = 600
 GATE_SIDE = 24
 STANDARD = Setting()
 
@@ -73,10 +66,10 @@ class Cut:
         return f"N={self.length}, {'forward + ' if self.mode == 'backward' else ''}{self.mode}"
 
     def measure(self, pace: Pace) -> Found:
-        checked = _passed(self.spec, gate(self.spec, STANDARD, self.mode))
+        checked = passed(self.spec.label, gate(self.spec, STANDARD, self.mode))
         found = clocked(rivals(self.spec, (self.length,), STANDARD).works(self.mode), pace)
         speedup = found["speedup"].median
-        return Found(1 / speedup if self.inverse else speedup, _shared(found, checked))
+        return Found(1 / speedup if self.inverse else speedup, timed_fields(found, checked))
 
 
 @dataclass(frozen=True)
@@ -100,47 +93,9 @@ class Neighbours:
         small = (GATE_SIDE, GATE_SIDE)
         measured = rivals(self.spec, small, self.shape)
         truth = rivals(self.spec, small, self.shape, truth=True)
-        checked = _passed(self.spec, judged(measured, truth, "forward"))
+        checked = passed(self.spec.label, judged(measured, truth, "forward"))
         found = clocked(rivals(self.spec, self.sides, self.shape).works("forward"), pace)
-        return Found(found["speedup"].median, _shared(found, checked))
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """Time of attention to random blocks of keys, per density, in units of SDPA's time: every row
-    of blocks of every head sees its own `density` of the blocks, not causal.
-    """
-
-    density: float
-    length: int
-
-    @property
-    def unit(self) -> str:
-        return "× density × the time of SDPA"
-
-    @property
-    def setting(self) -> str:
-        return f"N={self.length}, blocks of {BLOCK}, forward"
-
-    def measure(self, pace: Pace) -> Found:
-        small = self._rivals(GATE_LENGTH, torch.float32, "tiled")
-        truth = self._rivals(GATE_LENGTH, torch.float64, "dense")
-        checked = _passed(Spec(name="blocks"), judged(small, truth, "forward"))
-        found = clocked(self._rivals(self.length, torch.float32, "tiled").works("forward"), pace)
-        return Found(1 / found["speedup"].median / self.density, _shared(found, checked))
-
-    def _rivals(self, length: int, dtype: torch.dtype, impl: Impl) -> Rivals:
-        draw = torch.Generator().manual_seed(0)
-        shape = (3, STANDARD.batch, STANDARD.heads, length, STANDARD.head_dim)
-        inputs = torch.randn(shape, generator=draw).to(dtype).unbind(0)
-        blocks = -(-length // BLOCK)
-        order = torch.rand(1, STANDARD.heads, blocks, blocks, generator=draw).argsort(-1)
-        mask = Blocks(order < max(1, round(self.density * blocks)), BLOCK)
-
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, Call(), Scored(mask=mask), impl=impl).output
-
-        return Rivals((length,), False, inputs, run, F.scaled_dot_product_attention)
+        return Found(found["speedup"].median, timed_fields(found, checked))
 
 
 @dataclass(frozen=True)
@@ -160,7 +115,7 @@ class Growth:
         return f"N={self.long}, forward"
 
     def measure(self, pace: Pace) -> Found:
-        checked = _passed(self.spec, gate(self.spec, STANDARD, "forward"))
+        checked = passed(self.spec.label, gate(self.spec, STANDARD, "forward"))
         works = (
             rivals(self.spec, (n,), STANDARD).works("forward")[0] for n in (self.long, self.short)
         )
@@ -185,9 +140,9 @@ class RoofShare:
         return f"N={self.length}, forward"
 
     def measure(self, pace: Pace) -> Found:
-        checked = _passed(self.spec, gate(self.spec, STANDARD, "forward"))
+        checked = passed(self.spec.label, gate(self.spec, STANDARD, "forward"))
         found = clocked(rivals(self.spec, (self.length,), STANDARD).works("forward"), pace)
-        return Found(found["fraction"], _shared(found, checked))
+        return Found(found["fraction"], timed_fields(found, checked))
 
 
 @dataclass(frozen=True)
@@ -232,7 +187,7 @@ class ReadShare:
         return f"one token, {self.keys} cached keys"
 
     def measure(self, pace: Pace) -> Found:
-        checked = _passed(self.spec, gate(self.spec, STANDARD, "forward"))
+        checked = passed(self.spec.label, gate(self.spec, STANDARD, "forward"))
         entry = card(self.spec.name)
         options = option_choices(entry, self.spec.options, (self.keys,), STANDARD)[0]
         layer = create(entry.name, dim=STANDARD.dim, heads=STANDARD.heads, **options)
@@ -255,12 +210,18 @@ class Absent:
         raise UnsupportedError("this package", self.reason)
 
 
-def _passed(spec: Spec, found: Gate) -> Gate:
+def passed(what: str, found: Gate) -> Gate:
+    """The gate, if it lets through.
+
+    Raises:
+        Wrong: it does not.
+    """
     if not found.passed:
-        raise Wrong(spec.label, f"its relative error is {found.error}")
+        raise Wrong(what, f"its relative error is {found.error}")
     return found
 
 
-def _shared(found: dict[str, Any], checked: Gate) -> dict[str, Any]:
+def timed_fields(found: dict[str, Any], checked: Gate) -> dict[str, Any]:
+    """Fields of a target's record from those of a time."""
     names = ("seconds", "baseline_seconds", "fraction")
     return {**{name: found[name] for name in names}, "gate": checked}

@@ -88,16 +88,17 @@ def work(
                 return (run(*inputs),)
 
         return forward
-    leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
-    held = [p for p in parameters if p.requires_grad]
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    wanted = [*leaves, *(p for p in parameters if p.requires_grad)]
     draw = torch.Generator().manual_seed(2)
     upstream = torch.randn(inputs[-1].shape, generator=draw).to(inputs[0].dtype)
 
     def backward() -> tuple[Tensor, ...]:
+        for leaf in wanted:
+            leaf.grad = None
         output = run(*leaves)
-        wanted = [*leaves, *held]
-        found = torch.autograd.grad(output, wanted, upstream, materialize_grads=True)
-        return output, *found
+        output.backward(upstream)
+        return output, *(torch.zeros_like(x) if x.grad is None else x.grad for x in wanted)
 
     return backward
 
@@ -189,7 +190,7 @@ def _built(
 ) -> tuple[Run, tuple[Tensor, ...]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = create(entry.name, dim=setting.dim, heads=setting.heads, **options)
+        layer: Any = create(entry.name, dim=setting.dim, heads=setting.heads, **options)
         chosen = layer if entry.kind == "layer" else layer.inner
         if not isinstance(chosen, nn.Module):
             return (lambda q, k, v: chosen(q, k, v, call).output), ()

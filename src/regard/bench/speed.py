@@ -18,10 +18,14 @@ Status = Literal["measured", "wrong", "failed", "stopped"]
 
 
 class Session(Record):
-    """One run of a bench command: when, on what, and under which roof. Points name theirs."""
+    """One run of a bench command: when, on what, and under which roof. Points name theirs.
+
+    load: processes that wanted to run in the minute before it, on average; None where unknown.
+    """
 
     started: str
     command: str
+    load: NonNegativeFloat | None
     hardware: Hardware
     versions: Versions
     roof: Roof
@@ -34,6 +38,7 @@ class Outcome(Record):
     """
 
     mechanism: Spec
+    family: str
     status: Status
     reason: str = ""
     session: NonNegativeInt

@@ -18,7 +18,7 @@ from regard.bench.timing import Pace, Work, interleaved, rate, ratio, spread
 from regard.build import layer_options
 from regard.core.catalog import card, cards
 from regard.core.count import count_flops
-from regard.core.errors import UnknownNameError
+from regard.core.errors import RegardError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class _Line:
     """One mechanism in one mode, from short to long inputs."""
 
     def __init__(self, spec: Spec, mode: Mode, plan: Plan, book: Book) -> None:
-        self.spec, self.mode, self.plan, self.book = spec, mode, plan, book
+        self.spec, self.plan, self.book = spec, plan, book
+        self.mode: Mode = mode
         self.gate: Gate | None = None
         self.ends = ""  # why longer inputs are left out
 
@@ -103,6 +104,7 @@ class _Line:
         size = size_for(entry, length)
         blank = TimePoint(
             mechanism=self.spec,
+            family=entry.family,
             status="stopped",
             reason=self.ends,
             session=self.book.session,
@@ -151,9 +153,9 @@ def clocked(works: tuple[Work, Work], pace: Pace) -> dict[str, Any]:
 
 
 def told(error: Exception) -> str:
-    """The first line of an error, as a reason."""
+    """The first line of an error, as a reason; one not made on purpose with its type."""
     first = str(error).splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__}: {first}"
+    return first if isinstance(error, RegardError) else f"{type(error).__name__}: {first}"
 
 
 def _counted(work: Work, flops: list[int]) -> Work:

@@ -27,16 +27,17 @@ class Spread(Record):
 @dataclass(frozen=True)
 class Pace:
     """How long to measure: rounds until `budget` seconds are used, at least `least` and at most
-    `most`; a round that alone takes longer than the budget is measured once.
+    `most`; only `long` rounds where one alone takes longer than the budget.
     """
 
     budget: float = 1.0
     least: int = 3
     most: int = 40
+    long: int = 1
 
     def __post_init__(self) -> None:
-        if not (0 < self.budget < float("inf")) or not 1 <= self.least <= self.most:
-            expected = "seconds > 0 and 1 <= least <= most"
+        if not (0 < self.budget < float("inf")) or not 1 <= self.long <= self.least <= self.most:
+            expected = "seconds > 0 and 1 <= long <= least <= most"
             raise ArgumentError("pace", expected, (self.budget, self.least, self.most))
 
 
@@ -50,7 +51,7 @@ def interleaved(
     """
     estimate = sum(_round(rivals if warm_up is None else warm_up))
     rounds: list[list[float]] = []
-    least = pace.least if estimate <= pace.budget else 1
+    least = pace.least if estimate <= pace.budget else pace.long
     ends = time.perf_counter() + pace.budget
     while len(rounds) < least or (len(rounds) < pace.most and time.perf_counter() < ends):
         rounds.append(_round(rivals))
@@ -68,7 +69,8 @@ def _round(rivals: Sequence[Work]) -> list[float]:
 
 def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles of measured values; of one value, that value."""
-    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    several = values if len(values) > 1 else [values[0], values[0]]
+    low, _, high = quantiles(several, n=4, method="inclusive")
     return Spread(median=median(values), low=low, high=high, rounds=len(values))
 
 

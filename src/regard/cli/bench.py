@@ -114,7 +114,8 @@ def decode(
 
     Example: regard bench decode --mechanisms softmax,lightning --keys 65536
     """
-    from regard.bench.decode import DecodePlan, decode as measure
+    from regard.bench.decode import DecodePlan
+    from regard.bench.decode import decode as measure
     from regard.bench.timing import Pace
     from regard.cli.bench_tables import decode_table
 
@@ -144,7 +145,7 @@ def targets(
     chosen = [target for target in TARGETS if only is None or only in target.name]
     if not chosen:
         raise UnknownNameError("target", str(only), sorted({target.name for target in TARGETS}))
-    pace = Pace(budget)
+    pace = Pace(budget, long=3)
     run = _Run(out, threads, publish, no_progress)
     run.measure(lambda book, watch: measure_targets(chosen, pace, book, watch), target_table)
 
@@ -200,9 +201,7 @@ def _plan(mechanisms: str | None, lengths: str, mode: str, budget: float, cap: f
         if name not in known:
             raise UnknownNameError("mode", name, list(known))
     chosen = tuple(name for name in known if name in modes)
-    return Plan(
-        _specs(mechanisms), _lengths(lengths), chosen, Pace(budget), _seconds("cap", cap)
-    )
+    return Plan(_specs(mechanisms), _lengths(lengths), chosen, Pace(budget), _seconds("cap", cap))
 
 
 def _specs(mechanisms: str | None) -> tuple[Spec, ...]:
@@ -221,7 +220,7 @@ def _lengths(text: str) -> tuple[int, ...]:
         raise ArgumentError("lengths", expected, repr(text)) from error
     if dots:
         start, stop = lengths
-        lengths = [start << i for i in range(64) if 0 < start and start << i <= stop]
+        lengths = [start << i for i in range(64) if start > 0 and start << i <= stop]
     if not lengths or min(lengths) < 1 or len(set(lengths)) < len(lengths):
         raise ArgumentError("lengths", "numbers of tokens, each once, at least 1", repr(text))
     return tuple(sorted(lengths))

@@ -33,8 +33,6 @@ def points_bar(wanted: bool) -> Iterator[Watch]:
         task = bar.add_task("", total=None)
 
         def watch(moment: Moment) -> None:
-            bar.update(
-                task, completed=moment.done, total=moment.total, description=moment.what
-            )
+            bar.update(task, completed=moment.done, total=moment.total, description=moment.what)
 
         yield watch

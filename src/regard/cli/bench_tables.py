@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.table import Table
 
-from regard.report.units import byte_size, percent, time_span
+from regard.report.speed import time_span
+from regard.report.units import byte_size, percent
 
 if TYPE_CHECKING:
     from regard.bench.speed import DecodePoint, MemoryPoint, Speed, TargetPoint, TimePoint
+
+P = TypeVar("P", "TimePoint", "MemoryPoint")
 
 NONE = "–"
 
@@ -101,7 +104,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _groups[P: (TimePoint, MemoryPoint)](points: Sequence[P]) -> list[list[P]]:
+def _groups(points: Sequence[P]) -> list[list[P]]:
     """Points of one mechanism in one mode, in the order they were measured."""
     groups: dict[tuple[str, str], list[P]] = {}
     for point in points:

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import regard
 from regard.bench.record import arguments_checked
+from regard.cli.bench import bench
 from regard.cli.compare import Compare
 from regard.cli.env import env
 from regard.cli.info import info
@@ -68,4 +69,5 @@ app.command("list")(list_cards)
 app.command("info")(info)
 app.command("show")(show)
 app.command("compare")(Compare)
+app.add_typer(bench, name="bench")
 app.command("env")(env)

@@ -128,12 +128,12 @@ def _pieces(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     heads = _shared(tile.heads, work.group)
     part = None if bias is None else bias[:, _own(tile.heads, bias)][..., tile.keys]
-    return (
-        q[:, tile.heads, tile.rows],
-        k[:, heads][:, :, tile.keys],
-        v[:, heads][:, :, tile.keys],
-        part,
-    )
+    return q[:, tile.heads, tile.rows], _keys(k[:, heads], tile), _keys(v[:, heads], tile), part
+
+
+def _keys(x: Tensor, tile: Tile) -> Tensor:
+    """The tile's rows of x (B,h,M,D): a view where they are consecutive."""
+    return x[:, :, tile.keys] if isinstance(tile.keys, slice) else x.index_select(2, tile.keys)
 
 
 def _shared(heads: slice, group: int) -> slice:
@@ -176,11 +176,20 @@ def _compute(
 ) -> tuple[Tensor, Tensor | None]:
     """One tile: q (B,h,n,D), k and v (B,·,m,·), bias (B or 1, h or 1, m)."""
     method = work.method
-    pairs = _pairs(work, tile, q.device)
-    visible = None if tile.full or work.mask is None else _visible(work.mask, pairs)
-    if isinstance(method.normalise, Softmax) and method.score is None and not work.need_lse:
+    fused = isinstance(method.normalise, Softmax) and method.score is None and not work.need_lse
+    mask = None if tile.full else work.mask
+    if mask is None and method.score is None:
+        visible, pairs = None, None
+    else:
+        pairs = _pairs(work, tile, q.device)
+        visible = None if mask is None else _visible(mask, pairs)
+    if fused:
         return _sdpa_tile(q, k, v, bias, visible, work.scale), None
-    scores = modified_scores(group_scores(q * work.scale, k), replace(method, key_bias=bias), pairs)
+    scores = group_scores(q * work.scale, k)
+    if pairs is not None:
+        scores = modified_scores(scores, replace(method, key_bias=bias), pairs)
+    elif bias is not None:
+        scores = scores + bias[..., None, :]
     if visible is None:
         visible = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
     weights, lse = normalised(scores, visible, method.normalise, work.need_lse)

@@ -76,8 +76,9 @@ BLOCK_TOPK = Card(
     patterns=("noncausal self", "causal self", "noncausal cross", "causal cross"),
     cost=Cost(time=2, state="keys"),
     claim=Claim(
-        "recalls at any distance while it reads a fixed number of keys",
-        "regard compare --task recall --mechanisms softmax,sliding_window,block_topk",
+        "recalls most of what softmax does from a quarter of the keys; a window of them does not",
+        "regard compare --mechanisms "
+        '"softmax,sliding_window(window=16,sinks=0),block_topk(block=4,keep=4)"',
     ),
     example=Example(options={"keep": 2}, sized=lambda size: {"block": isqrt(size[0])}),
     limits=(Limit({"keep": 10**6}, "softmax"),),

@@ -216,8 +216,8 @@ CCA = Card(
     patterns=("causal self",),
     cost=Cost(time=2, state="keys"),
     claim=Claim(
-        "recalls what is near; far symbols must survive the pooling of their group",
-        "regard compare --task recall --mechanisms softmax,cca",
+        "recalls part of what softmax does, from less than half of its decode state",
+        'regard compare --mechanisms "softmax,cca(group=4,local=8)"',
     ),
     # whole matrices: the tiles of `auto` reach their exponent of 2 beyond the lengths counted
     example=Example(options={"group": 3, "local": 2, "impl": "dense"}),

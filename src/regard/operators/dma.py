@@ -163,8 +163,8 @@ DMA = Card(
     patterns=("noncausal self", "causal self", "noncausal cross", "causal cross"),
     cost=Cost(time=2, state="keys"),
     claim=Claim(
-        "recalls while it reads a fixed number of keys, once it learned which keys matter",
-        "regard compare --task recall --mechanisms softmax,dma",
+        "recalls part of what softmax does while it reads a quarter of the keys",
+        'regard compare --mechanisms "softmax,dma(keep=16)"',
     ),
     example=Example(options={"keep": 4}),
     limits=(Limit({"keep": 10**6}, "softmax", prepare=_equal_ratings),),

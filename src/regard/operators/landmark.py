@@ -131,8 +131,8 @@ LANDMARK = Card(
     patterns=("causal self", "causal cross"),
     cost=Cost(time=2, state="keys"),
     claim=Claim(
-        "recalls as softmax does, and still does when only a few blocks are retrieved",
-        "regard compare --task recall --mechanisms softmax,landmark",
+        "recalls as softmax does through the landmarks, after somewhat more training",
+        'regard compare --mechanisms "softmax,landmark(block=7)" --steps 600',
     ),
     example=Example(options={"block": 3}),
     limits=(Limit({"block": 10**6}, "softmax"),),

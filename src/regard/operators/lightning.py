@@ -21,6 +21,7 @@ from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Golden, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.kernels import decayed_sum
 from regard.core.mask import Causal
 from regard.core.recurrent import Form, Memory, Recurrent, is_causal, recur
 from regard.scores.alibi import alibi_slopes
@@ -36,16 +37,19 @@ def lightning(
     *,
     slopes: Slopes = "alibi",
     chunk: int = 64,
-    form: Form = "auto",
+    form: Form | Literal["triton"] = "auto",
     state: Memory | None = None,
 ) -> Result:
     """Decayed causal linear attention; slopes: by head and layer, one number per head, or None (no
-    decay).
+    decay). form "triton" runs GPU kernels, in chunks of 16, 32 or 64.
     """
     check_qkv(q, k, v, call)
     if not is_causal(call, "lightning"):
         raise UnsupportedError("lightning", "its decay runs from past to present (mask=Causal())")
-    method = Recurrent(_log_decay(slopes, q, call), chunk=chunk)
+    log_decay = _log_decay(slopes, q, call)
+    if form == "triton":
+        return decayed_sum(q, k, v, call, log_decay=log_decay, chunk=chunk, state=state)
+    method = Recurrent(log_decay, chunk=chunk)
     return recur(q, k, v, call, method, state=state, form=form)
 
 

@@ -216,8 +216,8 @@ ROUTING_TRANSFORMER = Card(
     patterns=("noncausal self", "causal self", "noncausal cross", "causal cross"),
     cost=Cost(time=1.5, state="keys"),
     claim=Claim(
-        "recalls from a small share of the keys, where queries and keys share clusters",
-        "regard compare --task recall --mechanisms softmax,routing_transformer",
+        "recalls a part, that where query and key share a cluster, from a quarter of the keys",
+        'regard compare --mechanisms "softmax,routing_transformer(clusters=4,window=16)"',
     ),
     example=Example(sized=_near_root),
     limits=(Limit({"clusters": 1, "window": 10**6}, "softmax"),),

@@ -24,8 +24,9 @@ from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Golden, Limit, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.kernels import sigmoid_sum
 from regard.core.mask import Causal
-from regard.core.scored import Scored, attend
+from regard.core.scored import Impl, Scored, attend
 from regard.scores.alibi import alibi
 
 Divisor = Literal["count", "sqrt_count", "row", "sqrt_row"]
@@ -55,7 +56,8 @@ class Sigmoid(nn.Module):
         logit_bias: b; None = -ln of each row's visible count. temperature: t; learned_temperature:
             make t a parameter. divide: divide rows by their visible count, its root, or (the
             published form, the same under a causal mask) by the query's position + 1. alibi: fall
-            off with the distance, or (the published form) with the signed distance.
+            off with the distance, or (the published form) with the signed distance. impl: as in
+            `attend`, or "triton", kernels for a GPU.
     """
 
     temperature: Tensor
@@ -70,6 +72,7 @@ class Sigmoid(nn.Module):
         learned_temperature: bool = False,
         divide: Divisor | None = None,
         alibi: Decay | None = None,
+        impl: Impl | Literal["triton"] = "auto",
     ) -> None:
         super().__init__()
         if divide not in (None, "count", "sqrt_count", "row", "sqrt_row"):
@@ -78,7 +81,10 @@ class Sigmoid(nn.Module):
             )
         if alibi not in (None, "distance", "signed"):
             raise ArgumentError("alibi", "None, 'distance' or 'signed'", alibi)
+        if alibi and impl == "triton":
+            raise UnsupportedError("impl='triton'", "it adds no bias per distance (ALiBi)")
         self.logit_bias, self.divide, self.alibi = logit_bias, divide, alibi
+        self.impl: Impl | Literal["triton"] = impl
         start = torch.tensor(float(temperature))
         if learned_temperature:
             self.temperature = nn.Parameter(start)
@@ -90,10 +96,14 @@ class Sigmoid(nn.Module):
         check_qkv(q, k, v, call)
         power = {None: 0.0, "count": 1.0, "sqrt_count": 0.5}.get(self.divide, 0.0)
         factor = self.temperature.exp().to(q.dtype)
-        rule = SigmoidWeights(self.logit_bias, factor, power)
-        fall = alibi(call.frame(q, k), signed=self.alibi == "signed") if self.alibi else None
-        learned = (factor,) if factor.requires_grad else ()
-        result = attend(q, k, v, call, Scored(normalise=rule, score=fall, captures=learned))
+        if self.impl == "triton":
+            result = sigmoid_sum(q * factor, k, v, call, bias=self.logit_bias, power=power)
+        else:
+            rule = SigmoidWeights(self.logit_bias, factor, power)
+            fall = alibi(call.frame(q, k), signed=self.alibi == "signed") if self.alibi else None
+            learned = (factor,) if factor.requires_grad else ()
+            method = Scored(normalise=rule, score=fall, captures=learned)
+            result = attend(q, k, v, call, method, impl=self.impl)
         if self.divide not in ("row", "sqrt_row"):
             return result
         rows = call.positions(q.shape[2], k.shape[2], q.device)[0][:, None, :, None] + 1

@@ -45,6 +45,7 @@ class Timed(_Record):
     """A mechanism at one length in one mode: how it ended, and its time where it was timed."""
 
     mechanism: Mechanism
+    family: str = ""
     status: str
     reason: str = ""
     mode: str
@@ -59,6 +60,7 @@ class Weighed(_Record):
     """Peak memory of a mechanism at one length in one mode."""
 
     mechanism: Mechanism
+    family: str = ""
     status: str
     reason: str = ""
     mode: str
@@ -71,6 +73,7 @@ class Decoded(_Record):
     """One new token after many."""
 
     mechanism: Mechanism
+    family: str = ""
     status: str
     reason: str = ""
     keys: int
@@ -128,6 +131,7 @@ class Session(_Record):
 
     started: str
     command: str
+    load: Count | None = None
     hardware: dict[str, Any] = {}
     versions: dict[str, Any] = {}
     roof: Roof

@@ -9,10 +9,11 @@ multiples of g, never positive. `_carry` walks over the chunks of a head and not
 which each begins, in parallel over heads and tiles of the state; `_read` then serves all chunks at
 once: scores inside a chunk, the state for what came before.
 
-Backward needs no other kernel. Each gradient is the same sum with the roles exchanged, for keys and
-values with time reversed (S' gathers q do^T from the end, and starts at the last state's gradient):
+Backward needs no other kernel. Each gradient is the same sum with the roles exchanged; for keys and
+values, and for the states S' of q do^T that they read, time runs backwards (marked by a dash), from
+the gradient of the last state to that of the first:
 
-    dq = read(do, v, k, S^T)      dk = reversed read(v, do, q, S'^T)      dv = reversed read(k, q, do, S')
+    dq = read(do, v, k, S^T)      dk = read'(v, do, q, S'^T)      dv = read'(k, q, do, S')
 
 States are computed again rather than kept. What is not read from the inputs is float32: products
 with it keep all digits for float32 inputs, ten bits (tf32) for 16-bit ones, and cannot overflow.
@@ -103,24 +104,29 @@ def _carry(
 @triton.jit
 def _read(
     inputs, o, states, pace, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    REVERSED: tl.constexpr,
+    REVERSED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """E columns of o for one chunk of C tokens of one head."""
+    """E columns of o for one chunk of C tokens of one head; a loop over D of the WIDTH features."""
     q, k, v = inputs
     chunk, index = tl.program_id(0), tl.program_id(2)
     batch, head = index // pace.heads, index % pace.heads
-    wide, values = tl.arange(0, D), tl.program_id(1) * E + tl.arange(0, E)
+    values = tl.program_id(1) * E + tl.arange(0, E)
     exact: tl.constexpr = q.data.dtype.element_ty == tl.float32
     rate = tl.load(pace.decay + head)
     rows, since, until, _ = _times(pace, batch, chunk, C)
-    queries, keys = load(q, batch, head, rows, wide), load(k, batch, head, rows, wide)
+    fade = tl.exp(rate * (until if REVERSED else since))
+    scores, total = tl.zeros((C, C), tl.float32), tl.zeros((C, E), tl.float32)
+    for start in range(0, WIDTH, D):
+        wide = start + tl.arange(0, D)
+        queries, keys = load(q, batch, head, rows, wide), load(k, batch, head, rows, wide)
+        scores += product(queries, tl.trans(keys), exact)
+        state = tl.load(_spots(states, index, chunk, wide, values))
+        total += product(queries.to(tl.float32) * fade[:, None], state, exact)
     visible = rows[:, None] <= rows[None, :] if REVERSED else rows[:, None] >= rows[None, :]
     kept = tl.exp(rate * tl.abs(since[:, None] - since[None, :]))
-    scores = tl.where(visible, product(queries, tl.trans(keys), exact) * kept, 0.0)
-    total = product(scores, load(v, batch, head, rows, values).to(tl.float32), exact)
-    state = tl.load(_spots(states, index, chunk, wide, values))
-    queries = queries.to(tl.float32) * tl.exp(rate * (until if REVERSED else since))[:, None]
-    store(o, batch, head, rows, values, total + product(queries, state, exact))
+    scores = tl.where(visible, scores * kept, 0.0)
+    total += product(scores, load(v, batch, head, rows, values).to(tl.float32), exact)
+    store(o, batch, head, rows, values, total)
 
 
 def _states(x: Tensor, transposed: bool = False) -> States:
@@ -130,7 +136,10 @@ def _states(x: Tensor, transposed: bool = False) -> States:
     return States(x, x.shape[2] if x.ndim == 5 else 1, row, column, d * e)
 
 
-_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+def _plan(x: Tensor, chunk: int, d: int, e: int, backward: bool) -> dict[str, Any]:
+    """Chunk, tile of a D x E state, direction and warps: what sm_90 has room for."""
+    sizes = {"C": chunk, "D": min(d, 64), "E": min(e, 64), "REVERSED": backward}
+    return sizes | {"num_warps": 8 if x.element_size() == 4 else 4, "enable_fp_fusion": True}
 
 
 def _walk(
@@ -140,26 +149,24 @@ def _walk(
     batch, count, d, e = start.shape
     states = start.new_empty(batch, count, triton.cdiv(pace.length, chunk), d, e)
     after = torch.empty_like(start)
-    rows, columns = min(d, 64), min(e, 64)
-    _carry[(d // rows, e // columns, batch * count)](
-        heads(k, count), heads(v, count), _states(states), (_states(start), _states(after)), pace,
-        C=chunk, D=rows, E=columns, REVERSED=backward, **_LAUNCH,
-    )  # fmt: skip
+    plan, ends = _plan(k, chunk, d, e, backward), (_states(start), _states(after))
+    _carry[(d // plan["D"], e // plan["E"], batch * count)](
+        heads(k, count), heads(v, count), _states(states), ends, pace, **plan
+    )
     return states, after
 
 
 def _serve(
     inputs: tuple[Tensor, Tensor, Tensor], o: Tensor, states: States, pace: Pace, chunk: int,
     backward: bool = False,
-) -> Tensor:  # fmt: skip
+) -> None:  # fmt: skip
     """Fill o (B,H,N,E) with what the queries (B,H,N,D) read."""
-    d, e = inputs[0].shape[3], o.shape[3]
-    columns = min(e, 64 if d <= 128 else 32)
-    _read[(states.chunks, e // columns, o.shape[0] * o.shape[1])](
-        tuple(heads(x, o.shape[1]) for x in inputs), heads(o, o.shape[1]), states, pace,
-        C=chunk, D=d, E=columns, REVERSED=backward, **_LAUNCH,
-    )  # fmt: skip
-    return o
+    width, count = inputs[0].shape[3], o.shape[1]
+    plan = _plan(inputs[0], chunk, width, o.shape[3], backward)
+    plan["WIDTH"] = width
+    _read[(states.chunks, o.shape[3] // plan["E"], o.shape[0] * count)](
+        tuple(heads(x, count) for x in inputs), heads(o, count), states, pace, **plan
+    )
 
 
 @torch.library.custom_op("regard::decayed_attention", mutates_args=())
@@ -170,10 +177,12 @@ def decayed_attention(
     first state in float32, and clock (B,N) int32 with log decay (H,) float32, all contiguous but
     q, k, v.
     """
-    when = Pace(*pace, q.shape[1], q.shape[2])
-    states, after = _walk(k, v, state, when, chunk, backward=False)
+    when = Pace(pace[0], pace[1], q.shape[1], q.shape[2])
     o = q.new_empty(*q.shape[:3], v.shape[3])
-    return _serve((q, k, v), o, _states(states), when, chunk), after
+    with torch.cuda.device_of(q):
+        states, after = _walk(k, v, state, when, chunk, backward=False)
+        _serve((q, k, v), o, _states(states), when, chunk)
+    return o, after
 
 
 @torch.library.custom_op("regard::decayed_attention_backward", mutates_args=())
@@ -186,14 +195,15 @@ def _decayed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     do, dafter = upstream
     q, k, v = inputs
-    when = Pace(*pace, q.shape[1], q.shape[2])
-    states, _ = _walk(k, v, state, when, chunk, backward=False)
+    when = Pace(pace[0], pace[1], q.shape[1], q.shape[2])
     dq = q.new_empty(q.shape)
-    _serve((do, v, k), dq, _states(states, transposed=True), when, chunk)
-    states, dstate = _walk(q, do, dafter, when, chunk, backward=True)
     dk, dv = (state.new_empty(*q.shape[:3], x.shape[3]) for x in (k, v))  # per query head
-    _serve((v, do, q), dk, _states(states, transposed=True), when, chunk, backward=True)
-    _serve((k, q, do), dv, _states(states), when, chunk, backward=True)
+    with torch.cuda.device_of(q):
+        states, _ = _walk(k, v, state, when, chunk, backward=False)
+        _serve((do, v, k), dq, _states(states, transposed=True), when, chunk)
+        states, dstate = _walk(q, do, dafter, when, chunk, backward=True)
+        _serve((v, do, q), dk, _states(states, transposed=True), when, chunk, backward=True)
+        _serve((k, q, do), dv, _states(states), when, chunk, backward=True)
     return dq, _gathered(dk, k), _gathered(dv, v), dstate
 
 

@@ -47,15 +47,23 @@ def _numbers(x, batch, rows, length, missing):
 
 
 @triton.jit
+def _end(reach, batch, rows, length) -> Any:
+    return tl.max(_numbers(reach.last, batch, rows, length, 0), 0)
+
+
+@triton.jit
 def _sigmoid(scores, visible):
-    return tl.where(visible, 1.0 / (1.0 + tl.exp(-scores)), 0.0)
+    """sigma of the scores, 0 where invisible; the exponential is never above 1."""
+    small = tl.exp(-tl.abs(scores))
+    return tl.where(visible, tl.where(scores >= 0, 1.0, small) / (1.0 + small), 0.0)
 
 
 @triton.jit
 def _forward(
-    q, k, v, o, reach, factors, D: tl.constexpr, E: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    inputs, o, reach, factors, D: tl.constexpr, E: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):
     """o of R queries of one head; a loop over blocks of C keys. factors: (scale, shift)."""
+    q, k, v = inputs
     scale, shift = factors
     batch, head = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * R + tl.arange(0, R)
@@ -63,7 +71,7 @@ def _forward(
     exact: tl.constexpr = q.data.dtype.element_ty == tl.float32
     seen = _numbers(reach.query, batch, rows, q.length, ALWAYS)
     bias = _numbers(shift, batch, rows, q.length, 0.0)
-    end = tl.max(_numbers(reach.last, batch, rows, q.length, 0), 0)
+    end = _end(reach, batch, rows, q.length)
     queries = load(q, batch, head, rows, wide)
     total = tl.zeros((R, E), tl.float32)
     for start in range(0, end, C):
@@ -91,7 +99,7 @@ def _backward_queries(
     exact: tl.constexpr = q.data.dtype.element_ty == tl.float32
     seen = _numbers(reach.query, batch, rows, q.length, ALWAYS)
     bias = _numbers(shift, batch, rows, q.length, 0.0)
-    end = tl.max(_numbers(reach.last, batch, rows, q.length, 0), 0)
+    end = _end(reach, batch, rows, q.length)
     queries, upstream = load(q, batch, head, rows, wide), load(do, batch, head, rows, values)
     total = tl.zeros((R, D), tl.float32)
     for start in range(0, end, C):
@@ -142,7 +150,7 @@ def _backward_keys(
 
 
 def _plan(q: Tensor, v: Tensor) -> dict[str, Any]:
-    """Tile sizes and warps, fixed by the bytes of the widest row so that sm_90 has room for them."""
+    """Tile sizes and warps, fixed by the bytes of the widest row: what sm_90 has room for."""
     size = max(q.shape[3], v.shape[3]) * q.element_size()
     rows, columns = (64, 64) if size <= 256 else (64, 32) if size <= 512 else (32, 32)
     sizes = {"D": q.shape[3], "E": v.shape[3], "R": rows, "C": columns}
@@ -158,9 +166,10 @@ def sigmoid_attention(
     """
     (batch, count, n, _), plan = q.shape, _plan(q, v)
     o = q.new_empty(batch, count, n, v.shape[3])
-    parts = [heads(x, count) for x in (q, k, v, o)]
+    parts = tuple(heads(x, count) for x in (q, k, v))
     grid = (triton.cdiv(n, plan["R"]), batch, count)
-    _forward[grid](*parts, Reach(*reach), (scale, shift), **plan)
+    with torch.cuda.device_of(q):
+        _forward[grid](parts, heads(o, count), Reach(*reach), (scale, shift), **plan)
     return o
 
 
@@ -176,11 +185,13 @@ def _sigmoid_attention_backward(
     (batch, count, n, _), plan = q.shape, _plan(q, v)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
     parts, upstream = tuple(heads(x, count) for x in inputs), heads(do, count)
-    rest = (Reach(*reach), (scale, shift))
-    grid = (triton.cdiv(n, plan["R"]), batch, count)
-    _backward_queries[grid](parts, upstream, heads(dq, count), *rest, **plan)
-    grid = (triton.cdiv(k.shape[2], plan["C"]), batch, k.shape[1])
-    _backward_keys[grid](parts, upstream, (heads(dk, count), heads(dv, count)), *rest, **plan)
+    sight, factors = Reach(*reach), (scale, shift)
+    outputs = (heads(dk, count), heads(dv, count))
+    by_query = (triton.cdiv(n, plan["R"]), batch, count)
+    by_key = (triton.cdiv(k.shape[2], plan["C"]), batch, k.shape[1])
+    with torch.cuda.device_of(q):
+        _backward_queries[by_query](parts, upstream, heads(dq, count), sight, factors, **plan)
+        _backward_keys[by_key](parts, upstream, outputs, sight, factors, **plan)
     return dq, dk, dv
 
 

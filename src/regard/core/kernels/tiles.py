@@ -54,13 +54,16 @@ def store(x, batch, head, rows, columns, tile):
     tl.store(spots, tile.to(x.data.dtype.element_ty), mask=real)
 
 
+INTERPRETED = not isinstance(load, triton.JITFunction)
+"""Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+_WIDENED = tl.constexpr(INTERPRETED)  # its product takes the bits of bfloat16 for integers
+
+
 @triton.jit
 def product(a, b, PRECISE: tl.constexpr):
     """a @ b, summed in float32; float32 factors keep all their digits if PRECISE, else as many as
     16-bit numbers have, with float32's range.
     """
-    return tl.dot(a, b, input_precision="tf32x3" if PRECISE else "tf32")
-
-
-INTERPRETED = not isinstance(load, triton.JITFunction)
-"""Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+    if _WIDENED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee" if PRECISE else "tf32")
