@@ -12,7 +12,7 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,plot,images]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,plot,images,triton]"
 	touch $@
 
 demo: venv

@@ -556,6 +556,25 @@ def test_speed_and_decode_gather_in_one_folder(tmp_path: Path) -> None:
     assert kept == [".html", ".json"]
 
 
+def test_an_interruption_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def interrupted(works: Any, pace: Pace) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return {"seconds": spread([0.01])}
+
+    monkeypatch.setattr("regard.bench.sweep.clocked", interrupted)
+    result = run("speed", "--mechanisms", "uniform", "--lengths", "16,32", "--out", str(tmp_path))
+    assert result.exit_code == 130
+    assert "the same command resumes" in result.stderr
+    kept = read_record(tmp_path / "speed.json", Speed)
+    assert [p.length for p in kept.times] == [16]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -89,8 +89,8 @@ def test_a_spare_memory_is_overwritten(kind: str) -> None:
     for t in range(5):
         own = [d if d.ndim == 1 else d[:, :, t : t + 1] for d in decay]
         method = Recurrent(own[0] if own else None)
-        rows = (x[:, :, t : t + 1] for x in (q, k, v))
-        result = recur(*rows, CAUSAL, method, state=state)
+        now = slice(t, t + 1)
+        result = recur(q[:, :, now], k[:, :, now], v[:, :, now], CAUSAL, method, state=state)
         close(result.output, truth[:, :, t : t + 1], f"token {t}", 1e-12)
         if t == 0:
             same(start, kept, "a memory that was not handed over")

@@ -16,7 +16,7 @@ from regard.bench.rivals import Setting, option_choices
 from regard.bench.roof import read_probe
 from regard.bench.spec import Spec
 from regard.bench.speed import DecodePoint
-from regard.bench.sweep import Progress, Watch, check_specs, told
+from regard.bench.sweep import FAILURES, Progress, Watch, check_specs, told
 from regard.bench.timing import Pace, Work, interleaved, rate, ratio, spread
 from regard.build import create
 from regard.core.call import Call
@@ -81,7 +81,7 @@ def _point(spec: Spec, plan: DecodePlan, book: Book) -> DecodePoint:
     with memory_limited(), torch.no_grad():
         try:
             found = clocked(_ready(spec, plan, setting), setting, plan.pace)
-        except (RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:
+        except FAILURES as error:
             return blank.model_copy(update={"reason": told(error)})
     return blank.model_copy(update={"status": "measured", **found})
 

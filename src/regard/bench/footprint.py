@@ -61,11 +61,11 @@ def peak_bytes(job: Job) -> int:
 
 def measured(job: Job) -> int | str:
     """Extra bytes at the peak of the call in this process, or why there are none."""
-    from regard.bench.sweep import told
+    from regard.bench.sweep import FAILURES, told
 
     try:
         return extra_bytes(job)
-    except (RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:
+    except FAILURES as error:
         return told(error)
 
 

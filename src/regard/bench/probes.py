@@ -17,11 +17,15 @@ from regard.bench.sweep import clocked
 from regard.bench.timing import Pace, interleaved, ratio, spread
 from regard.build import create
 from regard.core.catalog import card
-from regard.core.errors import UnsupportedError
+from regard.core.errors import RegardError, UnsupportedError
 
 MIB = 2**20
 GATE_SIDE = 24
 STANDARD = Setting()
+
+
+class Missing(RegardError, RuntimeError):
+    """What was to be timed, or its rival, is not there."""
 
 
 class Wrong(UnsupportedError):
@@ -207,7 +211,7 @@ class Absent:
     setting: str = ""
 
     def measure(self, pace: Pace) -> Found:
-        raise UnsupportedError("this package", self.reason)
+        raise Missing(self.reason)
 
 
 def passed(what: str, found: Gate) -> Gate:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from regard.bench.book import Book
 from regard.bench.machine import memory_limited
 from regard.bench.speed import TargetPoint
-from regard.bench.sweep import Progress, Watch, told
+from regard.bench.sweep import FAILURES, Progress, Watch, told
 from regard.bench.targets import Target
 from regard.bench.timing import Pace
 
@@ -36,7 +36,7 @@ def _reached(target: Target, pace: Pace, book: Book) -> TargetPoint:
     with memory_limited():
         try:
             found = target.probe.measure(pace)
-        except (RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:
+        except FAILURES as error:
             return blank.model_copy(update={"reason": told(error)})
     passed = target.kept(found.reached)
     return blank.model_copy(update={"reached": found.reached, "passed": passed, **found.more})

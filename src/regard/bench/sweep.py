@@ -20,6 +20,18 @@ from regard.core.catalog import card, cards
 from regard.core.count import count_flops
 from regard.core.errors import RegardError, UnknownNameError
 
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+)
+"""What a mechanism may raise without ending the measurement of the others: it is told instead."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -119,7 +131,7 @@ class _Line:
         with memory_limited():
             try:
                 return self._timed(blank, size)
-            except (RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:
+            except FAILURES as error:
                 return _with_status(blank, "failed", told(error))
 
     def _timed(self, blank: TimePoint, size: tuple[int, ...]) -> TimePoint:

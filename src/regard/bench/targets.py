@@ -11,6 +11,7 @@ from typing import Literal
 
 from regard.bench.block_sparse import Sparse
 from regard.bench.probes import (
+    MIB,
     Absent,
     Cut,
     Growth,
@@ -22,9 +23,7 @@ from regard.bench.probes import (
 )
 from regard.bench.rivals import Setting
 from regard.bench.spec import Spec
-
-MIB = 2**20
-WORKSPACE = 256 * MIB
+from regard.core.tiled import WORKSPACE
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ def interleaved(
     What disturbs the machine for a while disturbs all rivals alike, so ratios within a round hold
     where times do not. warm_up: calls that stand for the rivals in the first round.
     """
-    estimate = sum(_round(rivals if warm_up is None else warm_up))
-    rounds: list[list[float]] = []
-    least = pace.least if estimate <= pace.budget else pace.long
+    _round(rivals if warm_up is None else warm_up)
     ends = time.perf_counter() + pace.budget
+    rounds = [_round(rivals)]
+    least = pace.least if time.perf_counter() < ends else pace.long
     while len(rounds) < least or (len(rounds) < pace.most and time.perf_counter() < ends):
         rounds.append(_round(rivals))
     return [list(times) for times in zip(*rounds, strict=True)]

@@ -28,6 +28,8 @@ def flex_lacks(q: Tensor, k: Tensor, v: Tensor, method: Scored, need_lse: bool) 
     """Why flex_attention cannot serve, or an empty string."""
     if not isinstance(method.normalise, Softmax):
         return f"its normaliser is softmax, not {type(method.normalise).__name__}"
+    if method.block_bias is not None:
+        return "it takes no bias per block"
     if 0 in (q.shape[2], k.shape[2]):
         return "it needs at least one query and one key"
     if q.device.type != "cpu":

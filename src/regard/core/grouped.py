@@ -45,7 +45,7 @@ def attend_in_groups(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Groupe
         own.index[..., None],
         theirs.index[..., None, :],
     )
-    scores = modified_scores(near_q @ near_k.mT, method.inner, pairs)
+    scores = modified_scores(near_q @ near_k.mT, method.inner, pairs, near_q)
     mask = call.visibility(method.inner.mask)
     visible = own.valid[..., None] & theirs.valid[..., None, :]
     visible = visible if mask is None else visible & mask.visible(pairs)

@@ -112,7 +112,7 @@ def _materialised(
         clean_q, clean_k, clean_v = without_padding(q, shard.k, shard.v, own)
         frame, mask = own.frame(q, shard.k), own.visibility(method.mask)
         part = group_scores(clean_q, clean_k) * scale_of(call, method.scale, q.shape[-1])
-        scores.append(modified_scores(part, method, frame.all()))
+        scores.append(modified_scores(part, method, frame.all(), clean_q))
         ones = torch.ones(1, 1, *part.shape[2:], dtype=torch.bool, device=q.device)
         visible = ones if mask is None else mask.dense(frame)
         seen.append(visible.expand(q.shape[0], q.shape[1], *part.shape[2:]))
@@ -211,5 +211,5 @@ def _check(
             )
     if call.query_positions is None or call.key_positions is None:
         raise ArgumentError("call.query_positions, call.key_positions", "global positions", None)
-    if method.score is not None or method.key_bias is not None:
+    if method.score or method.block_bias or method.key_bias is not None:
         raise UnsupportedError("sequence-parallel attention", "scores bound to local key indices")

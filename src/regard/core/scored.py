@@ -158,7 +158,7 @@ def _blank_padded_queries(result: Result, call: Call) -> Result:
 def _dense(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored, need_lse: bool) -> Result:
     frame = call.frame(q, k)
     scores = group_scores(q, k) * scale_of(call, method.scale, q.shape[-1])
-    scores = modified_scores(scores, method, frame.all())
+    scores = modified_scores(scores, method, frame.all(), q)
     mask = call.visibility(method.mask)
     if mask is None:
         visible = torch.ones_like(scores[:1, :1], dtype=torch.bool)
@@ -172,7 +172,7 @@ def _sdpa_lacks(method: Scored, need_lse: bool) -> str:
     """Why scaled_dot_product_attention cannot serve, or an empty string."""
     if not isinstance(method.normalise, Softmax):
         return f"its normaliser is softmax, not {type(method.normalise).__name__}"
-    if method.score is not None:
+    if method.score is not None or method.block_bias is not None:
         return "it takes no score modification"
     return "it returns no log-sum-exp" if need_lse else ""
 

@@ -10,7 +10,7 @@ reads only chosen keys. Ties go to the later key, so that the choice is the same
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -193,13 +193,14 @@ def _gathered(
         rows[:, :, None],
         keys[..., None, :],
     )
-    scores = q.unflatten(2, (-1, method.query_tile)) @ take_rows(k, keys).transpose(-1, -2)
+    tiles = q.unflatten(2, (-1, method.query_tile))  # (B,H,T,t,D)
+    scores = tiles @ take_rows(k, keys).transpose(-1, -2)
     scores = scores * scale_of(call, method.inner.scale, d)
     if method.inner.key_bias is not None:
         bias = method.inner.key_bias.expand(b, h, -1)[..., None]  # (B,H,M,1)
         scores = scores + take_rows(bias, keys).transpose(-1, -2)
-    inner = Scored(method.inner.normalise, method.inner.score)
-    scores = modified_scores(scores, inner, pairs)
+    inner = replace(method.inner, key_bias=None)
+    scores = modified_scores(scores, inner, pairs, tiles)
     mask = call.visibility(method.inner.mask)
     visible = valid[..., None, :] if mask is None else valid[..., None, :] & mask.visible(pairs)
     weights, _ = normalised(scores, visible, inner.normalise, need_lse=False)

@@ -27,8 +27,8 @@ from regard.core.weights import (
     Softmax,
     group_scores,
     group_values,
-    modified_scores,
     normalised,
+    summed_bias,
 )
 
 WORKSPACE = 256 * 2**20
@@ -175,21 +175,19 @@ def _compute(
     work: Work, tile: Tile, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """One tile: q (B,h,n,D), k and v (B,·,m,·), bias (B or 1, h or 1, m)."""
-    method = work.method
-    fused = isinstance(method.normalise, Softmax) and method.score is None and not work.need_lse
-    mask = None if tile.full else work.mask
-    if mask is None and method.score is None:
-        visible, pairs = None, None
-    else:
-        pairs = _pairs(work, tile, q.device)
-        visible = None if mask is None else _visible(mask, pairs)
-    if fused:
-        return _sdpa_tile(q, k, v, bias, visible, work.scale), None
+    method = replace(work.method, key_bias=bias)
+    looks = not tile.full or method.score is not None or method.block_bias is not None
+    pairs = _pairs(work, tile, q.device) if looks else None
+    visible = None
+    if pairs is not None and work.mask is not None and not tile.full:
+        visible = _visible(work.mask, pairs)
+    added = summed_bias(method, q, pairs)
+    if isinstance(method.normalise, Softmax) and method.score is None and not work.need_lse:
+        return _sdpa_tile(q, k, v, added, visible, work.scale), None
     scores = group_scores(q * work.scale, k)
-    if pairs is not None:
-        scores = modified_scores(scores, replace(method, key_bias=bias), pairs)
-    elif bias is not None:
-        scores = scores + bias[..., None, :]
+    scores = scores if added is None else scores + added
+    if method.score is not None and pairs is not None:
+        scores = method.score(scores, pairs.b, pairs.h, pairs.query_index, pairs.key_index)
     if visible is None:
         visible = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
     weights, lse = normalised(scores, visible, method.normalise, work.need_lse)
@@ -215,11 +213,11 @@ def _visible(mask: Mask, pairs: Pairs) -> Tensor:
 
 
 def _sdpa_tile(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, visible: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, visible: Tensor | None, scale: float
 ) -> Tensor:
     mask = visible
-    if bias is not None:
-        mask = bias[..., None, :].to(q.dtype).expand(-1, -1, q.shape[2], -1)
+    if added is not None:
+        mask = added.to(q.dtype).expand(-1, -1, q.shape[2], -1)
         mask = mask if visible is None else mask.masked_fill(~visible, float("-inf"))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1]

@@ -16,6 +16,9 @@ from regard.core.errors import UnsupportedError
 from regard.core.frame import Pairs
 from regard.core.mask import Mask
 
+BlockBias = Callable[[Tensor, Pairs], Tensor]
+"""What a block of queries (B,h,n,D) adds to its scores with the keys of these pairs, (B,h,n,m)."""
+
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -24,7 +27,8 @@ class Normaliser(Protocol):
     invisible keys weigh zero.
 
     kind: "additive" (a plain sum over keys), "online" (running max and sum, so results merge by
-    log-sum-exp) or "two_pass" (a row must be seen twice). A tiled executor reads it.
+    log-sum-exp) or "two_pass" (a row must be seen twice). Without gradients an additive one may
+    overwrite the scores.
     """
 
     @property
@@ -54,6 +58,7 @@ class Scored:
     call's. key_bias: (B or 1, H or 1, M), added to the scaled scores (a pooled key that stands for
     c tokens carries log c). scale: used unless the call brings one. captures: tensors that score or
     normalise close over and that need gradients (an executor with its own backward must know them).
+    block_bias: a bias that depends on the query, computed block by block and added before score.
     """
 
     normalise: Normaliser = field(default_factory=lambda: Softmax())  # a class stops dynamo
@@ -62,6 +67,7 @@ class Scored:
     key_bias: Tensor | None = None
     scale: float | None = None
     captures: tuple[Tensor, ...] = ()
+    block_bias: BlockBias | None = None
 
 
 def scale_of(call: Call, method_scale: float | None, width: int) -> float:
@@ -71,13 +77,23 @@ def scale_of(call: Call, method_scale: float | None, width: int) -> float:
     return width**-0.5 if method_scale is None else method_scale
 
 
-def modified_scores(scores: Tensor, method: Scored, pairs: Pairs) -> Tensor:
-    """Scores (…,N,M) after the method's key bias and score modification at the given pairs."""
-    if method.key_bias is not None:
-        scores = scores + method.key_bias[..., None, :]
+def modified_scores(scores: Tensor, method: Scored, pairs: Pairs, q: Tensor) -> Tensor:
+    """Scores (…,N,M) of queries q (…,N,D) after the method's biases and score modification."""
+    bias = summed_bias(method, q, pairs)
+    if bias is not None:
+        scores = scores + bias
     if method.score is not None:
         scores = method.score(scores, pairs.b, pairs.h, pairs.query_index, pairs.key_index)
     return scores
+
+
+def summed_bias(method: Scored, q: Tensor, pairs: Pairs | None) -> Tensor | None:
+    """What is added to the scaled scores, broadcastable to (…,N,M); pairs only for block_bias."""
+    bias = None if method.key_bias is None else method.key_bias[..., None, :]
+    if method.block_bias is None or pairs is None:
+        return bias
+    own = method.block_bias(q, pairs)
+    return own if bias is None else own + bias
 
 
 def normalised(

@@ -38,7 +38,14 @@ from regard.core.scored import (
     scale_of,
     without_padding,
 )
-from regard.scores.relative import consecutive_rows, relative, relative_rows, skew, unskew
+from regard.scores.relative import (
+    consecutive_rows,
+    relative,
+    relative_bias,
+    relative_rows,
+    skew,
+    unskew,
+)
 
 Form = Literal["auto", "gather", "skew"]
 
@@ -94,7 +101,9 @@ class MusicTransformer(nn.Module):
         q, k, v = without_padding(q, k, v, call)
         frame, skewed = call.frame(q, k), self._skewed(call, max(q.shape[2], k.shape[2]))
         if self.value_table is None and not skewed:
-            return attend(q, k, v, call, self._method(q, frame, call))
+            long = min(q.shape[2], k.shape[2]) >= TILED_FROM and not torch.compiler.is_compiling()
+            method = self._block_method(q, call) if long else self._method(q, frame, call)
+            return attend(q, k, v, call, method)
         scores = self._scores(q, k, frame, skewed, call)
         mask = call.visibility()
         every = torch.ones_like(scores[:1, :1], dtype=torch.bool)
@@ -124,11 +133,16 @@ class MusicTransformer(nn.Module):
         by_row = q @ self.key_table.transpose(-1, -2) * scale_of(call, None, q.shape[-1])
         return Scored(score=relative(by_row, frame, self.reach), captures=(by_row,))
 
+    def _block_method(self, q: Tensor, call: Call) -> Scored:
+        """The same with the distances' share computed block by block, in memory linear in N."""
+        bias = relative_bias(self.key_table, self.reach, scale_of(call, None, q.shape[-1]))
+        return Scored(block_bias=bias, captures=(self.key_table,))
+
     def _scores(self, q: Tensor, k: Tensor, frame: Frame, skewed: bool, call: Call) -> Tensor:
         """Scaled scores (B,H,N,M), the distances' share included."""
         scores, scale = group_scores(q, k), scale_of(call, None, q.shape[-1])
         if not skewed:
-            return modified_scores(scores * scale, self._method(q, frame, call), frame.all())
+            return modified_scores(scores * scale, self._method(q, frame, call), frame.all(), q)
         used = consecutive_rows(self.key_table, self.reach, q.shape[2], k.shape[2])
         return (scores + skew(q @ used.transpose(-1, -2), k.shape[2])) * scale
 

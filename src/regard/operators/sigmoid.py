@@ -45,7 +45,11 @@ class SigmoidWeights:
     def __call__(self, scores: Tensor, visible: Tensor, count: Tensor) -> Tensor:
         count = count.clamp_min(1).to(torch.float64)
         shift = -count.log().to(scores.dtype) if self.bias is None else self.bias
-        weights = torch.sigmoid(scores * self.factor + shift).masked_fill(~visible, 0.0)
+        if torch.is_grad_enabled():
+            weights = torch.sigmoid(scores * self.factor + shift).masked_fill(~visible, 0.0)
+        else:  # the same in place: fewer passes over memory
+            scores = scores if isinstance(self.factor, float) else scores.mul_(self.factor)
+            weights = scores.add_(shift).sigmoid_().masked_fill_(~visible, 0.0)
         return weights / (count**self.power).to(scores.dtype) if self.power else weights
 
 
@@ -96,12 +100,14 @@ class Sigmoid(nn.Module):
         check_qkv(q, k, v, call)
         power = {None: 0.0, "count": 1.0, "sqrt_count": 0.5}.get(self.divide, 0.0)
         factor = self.temperature.exp().to(q.dtype)
+        if not self.alibi:  # then the temperature may as well scale the queries
+            q, factor = q * factor, 1.0
         if self.impl == "triton":
-            result = sigmoid_sum(q * factor, k, v, call, bias=self.logit_bias, power=power)
+            result = sigmoid_sum(q, k, v, call, bias=self.logit_bias, power=power)
         else:
             rule = SigmoidWeights(self.logit_bias, factor, power)
             fall = alibi(call.frame(q, k), signed=self.alibi == "signed") if self.alibi else None
-            learned = (factor,) if factor.requires_grad else ()
+            learned = (factor,) if isinstance(factor, Tensor) and factor.requires_grad else ()
             method = Scored(normalise=rule, score=fall, captures=learned)
             result = attend(q, k, v, call, method, impl=self.impl)
         if self.divide not in ("row", "sqrt_row"):

@@ -10,11 +10,12 @@ numbers only have to be shifted, row by row: `skew` does so by a reshape, `unske
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.frame import Frame, Pairs
-from regard.core.scored import ScoreMod
+from regard.core.weights import BlockBias, ScoreMod
 
 
 def relative_rows(pairs: Pairs, reach: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -31,6 +32,44 @@ def relative(by_row: Tensor, frame: Frame, reach: int) -> ScoreMod:
         return score + by_row[b, h, q_idx, row].masked_fill(~near, 0.0)
 
     return add
+
+
+def relative_bias(table: Tensor, reach: int, scale: float) -> BlockBias:
+    """The same numbers for one block of queries after another, so that (B,H,N,R) is never held.
+
+    table: (R,D) or (H,R,D). Only the rows that a block needs meet its queries; where positions are
+    consecutive, their products are shifted into place, elsewhere looked up.
+    """
+
+    def bias(q: Tensor, pairs: Pairs) -> Tensor:
+        n, rows = q.shape[-2], table.shape[-2]
+        row = pairs.key - pairs.query + (reach - 1)
+        m = row.shape[-1]
+        if row.shape[-2] != n or 0 in (n, m):
+            return q.new_zeros(*q.shape[:-1], m)
+        first = int(row.min())
+        used = table if table.ndim == 2 else table[pairs.h.flatten()]
+        used = used[..., max(first, 0) : max(int(row.max()) + 1, 0), :]
+        if used.ndim == 3:
+            used = used.view(used.shape[0], *(1,) * (q.ndim - 4), *used.shape[1:])
+        if _consecutive(row):
+            edges = (0, 0, max(-first, 0), n + m - max(-first, 0) - used.shape[-2])
+            return skew(q @ F.pad(used, edges).mT * scale, m)
+        by_row = q @ used.mT * scale
+        near = (row >= 0) & (row < rows)
+        place = (row - max(first, 0)).clamp(0, max(used.shape[-2] - 1, 0))
+        if not used.shape[-2]:
+            return by_row.new_zeros(*q.shape[:-1], m)
+        return by_row.gather(-1, place.expand(*q.shape[:-1], m)).masked_fill(~near, 0.0)
+
+    return bias
+
+
+def _consecutive(row: Tensor) -> bool:
+    """Whether the table row falls by one per query and rises by one per key."""
+    n, m = row.shape[-2:]
+    steps = torch.arange(m, device=row.device) - torch.arange(n, device=row.device)[:, None]
+    return bool((row - row[..., :1, :1] == steps).all())
 
 
 def consecutive_rows(table: Tensor, reach: int, n: int, m: int) -> Tensor:

@@ -47,13 +47,17 @@ def _numbers(x, batch, rows, length, missing):
 
 
 @triton.jit
-def _end(reach, batch, rows, length) -> Any:
-    return tl.max(_numbers(reach.last, batch, rows, length, 0), 0)
+def _sight(reach, shift, batch, rows, length) -> Any:
+    """Of a block of queries: their numbers, their shifts, and where the last key they see ends."""
+    seen = _numbers(reach.query, batch, rows, length, ALWAYS)
+    bias = _numbers(shift, batch, rows, length, 0.0)
+    return seen, bias, tl.max(_numbers(reach.last, batch, rows, length, 0), 0)
 
 
 @triton.jit
-def _sigmoid(scores, visible):
-    """sigma of the scores, 0 where invisible; the exponential is never above 1."""
+def _weights(a, b, scale, bias, visible):
+    """sigma(s a b^T + bias), 0 where invisible; the exponential is never above 1."""
+    scores = product(a, tl.trans(b)) * scale + bias
     small = tl.exp(-tl.abs(scores))
     return tl.where(visible, tl.where(scores >= 0, 1.0, small) / (1.0 + small), 0.0)
 
@@ -64,24 +68,19 @@ def _forward(
 ):
     """o of R queries of one head; a loop over blocks of C keys. factors: (scale, shift)."""
     q, k, v = inputs
-    scale, shift = factors
     batch, head = tl.program_id(1), tl.program_id(2)
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    wide, values = tl.arange(0, D), tl.arange(0, E)
-    exact: tl.constexpr = q.data.dtype.element_ty == tl.float32
-    seen = _numbers(reach.query, batch, rows, q.length, ALWAYS)
-    bias = _numbers(shift, batch, rows, q.length, 0.0)
-    end = _end(reach, batch, rows, q.length)
-    queries = load(q, batch, head, rows, wide)
+    rows, values = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, E)
+    seen, bias, end = _sight(reach, factors[1], batch, rows, q.length)
+    queries = load(q, batch, head, rows, tl.arange(0, D))
     total = tl.zeros((R, E), tl.float32)
     for start in range(0, end, C):
         columns = start + tl.arange(0, C)
         number = _numbers(reach.key, batch, columns, k.length, NEVER)
-        keys = load(k, batch, head, columns, wide)
-        scores = product(queries, tl.trans(keys), exact) * scale + bias[:, None]
-        weights = _sigmoid(scores, number[None, :] <= seen[:, None])
+        keys = load(k, batch, head, columns, tl.arange(0, D))
+        visible = number[None, :] <= seen[:, None]
+        weights = _weights(queries, keys, factors[0], bias[:, None], visible)
         content = load(v, batch, head, columns, values)
-        total += product(weights.to(content.dtype), content, exact)
+        total += product(weights.to(content.dtype), content)
     store(o, batch, head, rows, values, total)
 
 
@@ -92,25 +91,22 @@ def _backward_queries(
 ):  # fmt: skip
     """dq of R queries of one head; a loop over blocks of C keys."""
     q, k, v = inputs
-    scale, shift = factors
     batch, head = tl.program_id(1), tl.program_id(2)
-    rows = tl.program_id(0) * R + tl.arange(0, R)
-    wide, values = tl.arange(0, D), tl.arange(0, E)
-    exact: tl.constexpr = q.data.dtype.element_ty == tl.float32
-    seen = _numbers(reach.query, batch, rows, q.length, ALWAYS)
-    bias = _numbers(shift, batch, rows, q.length, 0.0)
-    end = _end(reach, batch, rows, q.length)
-    queries, upstream = load(q, batch, head, rows, wide), load(do, batch, head, rows, values)
+    rows, wide = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, D)
+    seen, bias, end = _sight(reach, factors[1], batch, rows, q.length)
+    queries = load(q, batch, head, rows, wide)
+    upstream = load(do, batch, head, rows, tl.arange(0, E))
     total = tl.zeros((R, D), tl.float32)
     for start in range(0, end, C):
         columns = start + tl.arange(0, C)
         number = _numbers(reach.key, batch, columns, k.length, NEVER)
-        keys, content = load(k, batch, head, columns, wide), load(v, batch, head, columns, values)
-        scores = product(queries, tl.trans(keys), exact) * scale + bias[:, None]
-        weights = _sigmoid(scores, number[None, :] <= seen[:, None])
-        slope = product(upstream, tl.trans(content), exact) * weights * (1.0 - weights)
-        total += product(slope.to(keys.dtype), keys, exact)
-    store(dq, batch, head, rows, wide, total * scale)
+        keys = load(k, batch, head, columns, wide)
+        visible = number[None, :] <= seen[:, None]
+        weights = _weights(queries, keys, factors[0], bias[:, None], visible)
+        content = load(v, batch, head, columns, tl.arange(0, E))
+        slope = product(upstream, tl.trans(content)) * weights * (1.0 - weights)
+        total += product(slope.to(keys.dtype), keys)
+    store(dq, batch, head, rows, wide, total * factors[0])
 
 
 @triton.jit
@@ -119,13 +115,9 @@ def _backward_keys(
     C: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of C keys of one key head; a loop over its query heads and blocks of R queries."""
-    q, k, v = inputs
-    dk, dv = outputs
-    scale, shift = factors
-    batch = tl.program_id(1)
-    columns = tl.program_id(0) * C + tl.arange(0, C)
-    wide, values = tl.arange(0, D), tl.arange(0, E)
-    exact: tl.constexpr = q.data.dtype.element_ty == tl.float32
+    (q, k, v), (dk, dv), (scale, shift) = inputs, outputs, factors
+    columns, wide = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, D)
+    batch, values = tl.program_id(1), tl.arange(0, E)
     leader = tl.program_id(2) * k.group  # the first query head of the group
     number = _numbers(reach.key, batch, columns, k.length, NEVER)
     begin = tl.min(_numbers(reach.first, batch, columns, k.length, NEVER), 0) // R * R
@@ -134,17 +126,14 @@ def _backward_keys(
     for head in range(leader, leader + k.group):
         for start in range(begin, q.length, R):
             rows = start + tl.arange(0, R)
-            seen = _numbers(reach.query, batch, rows, q.length, ALWAYS)
-            bias = _numbers(shift, batch, rows, q.length, 0.0)
-            queries, upstream = (
-                load(q, batch, head, rows, wide),
-                load(do, batch, head, rows, values),
-            )
-            scores = product(keys, tl.trans(queries), exact) * scale + bias[None, :]
-            weights = _sigmoid(scores, number[:, None] <= seen[None, :])
-            value_total += product(weights.to(upstream.dtype), upstream, exact)
-            slope = product(content, tl.trans(upstream), exact) * weights * (1.0 - weights)
-            key_total += product(slope.to(queries.dtype), queries, exact)
+            seen, bias, _ = _sight(reach, shift, batch, rows, q.length)
+            queries = load(q, batch, head, rows, wide)
+            upstream = load(do, batch, head, rows, values)
+            visible = number[:, None] <= seen[None, :]
+            weights = _weights(keys, queries, scale, bias[None, :], visible)
+            value_total += product(weights.to(upstream.dtype), upstream)
+            slope = product(content, tl.trans(upstream)) * weights * (1.0 - weights)
+            key_total += product(slope.to(queries.dtype), queries)
     store(dk, batch, leader, columns, wide, key_total * scale)
     store(dv, batch, leader, columns, values, value_total)
 

@@ -60,7 +60,7 @@ _WIDENED = tl.constexpr(INTERPRETED)  # its product takes the bits of bfloat16 f
 
 
 @triton.jit
-def product(a, b, PRECISE: tl.constexpr):
+def product(a, b, PRECISE: tl.constexpr = tl.constexpr(True)):
     """a @ b, summed in float32; float32 factors keep all their digits if PRECISE, else as many as
     16-bit numbers have, with float32's range.
     """
