@@ -63,3 +63,30 @@ def test_every_card_is_created_by_name(name: str) -> None:
         example.tokens,
         example.dim,
     )
+
+
+def test_two_continuations_of_one_state_do_not_disturb_each_other() -> None:
+    layer = regard.create("softmax", dim=16, heads=2).eval()
+    x = torch.randn(1, 12, 16)
+    with torch.no_grad():
+        _, state = layer.step(x[:, :4], None)
+        _, state = layer.step(x[:, 4:5], state)
+        left, _ = layer.step(x[:, 5:6], state)
+        other, after = layer.step(x[:, 6:7], state)
+        again, _ = layer.step(x[:, 5:6], state)
+        further, _ = layer.step(x[:, 7:8], after)
+        path = torch.cat([x[:, :5], x[:, 6:8]], 1)
+        whole = layer(path, Call(mask=Causal()))
+    torch.testing.assert_close(left, again, rtol=0, atol=0)
+    torch.testing.assert_close(other, whole[:, 5:6])
+    torch.testing.assert_close(further, whole[:, 6:7])
+
+
+def test_a_growing_cache_is_not_copied_for_every_token() -> None:
+    layer = regard.create("softmax", dim=16, heads=2).eval()
+    state, rooms = None, set()
+    with torch.no_grad():
+        for _ in range(64):
+            _, state = layer.step(torch.randn(1, 1, 16), state)
+            rooms.add(state.inner.room)
+    assert len(rooms) < 10, "the cache doubles, so 64 tokens need few moves"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.core.call import Call
-from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.errors import ArgumentError
 from regard.core.mask import Causal
 from regard.core.state import state_bytes
 from regard.layers.attention import Attention
@@ -115,7 +115,14 @@ def test_selective_values_keep_the_largest_weights_as_they_are() -> None:
     torch.testing.assert_close(selective_values(q, k, v, Call(), 9).output, weights)
 
 
-def test_prefix_tokens_are_refused_while_a_neighborhood_decodes() -> None:
-    layer = Attention(16, 4, "neighborhood", {"kernel": 3})
-    with pytest.raises(UnsupportedError, match="prefix"):
-        layer.step(torch.randn(1, 1, 16), None, Call(mask=Causal(), prefix=1))
+def test_a_neighborhood_decodes_behind_prefix_tokens() -> None:
+    layer = Attention(16, 4, "neighborhood", {"kernel": 3}).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    call = Call(mask=Causal(), prefix=2)
+    state, rows = None, []
+    for t in range(9):
+        out, state = layer.step(x[:, t : t + 1], state, call)
+        rows.append(out)
+    torch.testing.assert_close(torch.cat(rows, 1), layer(x, call))
+    assert state is not None
+    assert state.inner.k.shape[2] == 2 + 2, "the prefix and what the window still reaches"

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "backbones": {"core", *PARTS, "operators", "layers", "build"},
     "tasks": {"core"},
     "report": {"core", *PARTS, "layers", "build"},
-    "bench": {"core", "build", "backbones", "tasks", "report"},
+    "bench": {"core", *PARTS, "layers", "build", "backbones", "tasks", "report"},
     "testing": {"core", *PARTS, "operators", "layers", "build"},
     "cli": {"core", "layers", "build", "backbones", "tasks", "bench", "report", "testing"},
 }

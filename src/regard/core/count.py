@@ -75,14 +75,15 @@ def _fused_forward(
     query: Any,
     key: Any,
     value: Any,
-    *rest: Any,
+    dropout: float = 0.0,
+    causal: bool = False,
     attn_mask: Any = None,
     scale: Any = None,
     out_shape: Any = None,
 ) -> int:
-    """Two products over all pairs; arguments arrive as shapes."""
+    """Two products over all pairs, or over the visible half; arguments arrive as shapes."""
     batch, heads, n, width = query
-    return 2 * batch * heads * n * key[2] * (width + value[3])
+    return 2 * batch * heads * n * key[2] * (width + value[3]) // (2 if causal else 1)
 
 
 def _fused_backward(
@@ -97,7 +98,9 @@ def _fused_backward(
 ) -> int:
     """Scores again, then four products: gradients of weights, values, queries and keys."""
     batch, heads, n, width = query
-    return 2 * batch * heads * n * key[2] * (3 * width + 2 * value[3])
+    causal = len(rest) > 3 and rest[3]  # after output, log-sum-exp and dropout
+    pairs = batch * heads * n * key[2] // (2 if causal else 1)
+    return 2 * pairs * (3 * width + 2 * value[3])
 
 
 _FUSED = {

@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.core.blocks import tiles_of
 from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.flexed import Flexed, flex_lacks, run_flex
-from regard.core.mask import Causal
+from regard.core.mask import Causal, Mask
 from regard.core.tiled import Work, fitted_block, run_tiles
 from regard.core.tiling import plan_tiles
 from regard.core.weights import (
@@ -196,7 +197,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored) -> Tensor
     if not grouped:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     mask = call.visibility(method.mask)
-    if _is_plain(q, k, call, method):
+    if mask is not None and q.shape[2] == 1 and _all_seen(mask, q, k, call):
+        mask = None  # decoding: the newest token sees the whole cache
+    if method.key_bias is None and (mask is None or _is_plain(q, k, call, method)):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=mask is not None, scale=scale, enable_gqa=grouped
         )
@@ -205,6 +208,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored) -> Tensor
         extra = method.key_bias[..., None, :].expand(-1, -1, q.shape[2], -1).to(q.dtype)
         bias = extra if bias is None else extra.masked_fill(~bias, float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
+
+
+def _all_seen(mask: Mask, q: Tensor, k: Tensor, call: Call) -> bool:
+    """Whether every pair is surely visible, judged by intervals of positions (one block)."""
+    if torch.compiler.is_compiling():
+        return False
+    tiles = tiles_of(call.frame(q, k), q.shape[2], k.shape[2])
+    return bool(mask.bounds(tiles)[1].all())
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored, need_lse: bool) -> Result:

@@ -13,16 +13,60 @@ from regard.core.frame import Frame
 from regard.core.mask import Mask
 
 
+class Room:
+    """Space behind cached rows: buffers along one axis each, of which the first `filled` rows are
+    taken. Rows once written are never overwritten, so every state that shares the room keeps its
+    own; only the state that ends where the room is filled may write on.
+    """
+
+    def __init__(self, rows: tuple[Tensor, ...], capacity: int) -> None:
+        self.filled = 0
+        self.buffers = tuple(x.new_empty(_resized(x, capacity)) for x in rows)
+        self.append(rows)
+
+    def append(self, rows: tuple[Tensor, ...]) -> None:
+        """Write rows behind the last ones."""
+        more = rows[0].shape[_axis(rows[0])]
+        for buffer, x in zip(self.buffers, rows, strict=True):
+            buffer.narrow(_axis(x), self.filled, more).copy_(x)
+        self.filled += more
+
+    def fits(self, more: int) -> bool:
+        """Whether that many rows still fit."""
+        first = self.buffers[0]
+        return self.filled + more <= first.shape[_axis(first)]
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """Views of what is filled."""
+        return tuple(x.narrow(_axis(x), 0, self.filled) for x in self.buffers)
+
+
+def _axis(x: Tensor) -> int:
+    """The axis of cached rows: (B,H,M,D) or (B,M)."""
+    return 2 if x.ndim == 4 else 1
+
+
+def _resized(x: Tensor, rows: int) -> list[int]:
+    return [rows if axis == _axis(x) else side for axis, side in enumerate(x.shape)]
+
+
 @dataclass(frozen=True, eq=False)
 class Keys:
     """Cached keys k (B,H_k,M,D), values v (B,H_v,M,E), absolute positions (B,M) and which rows are
-    real tokens (B,M).
+    real tokens (B,M). room: where they stand, if there is space for more behind them.
     """
 
     k: Tensor
     v: Tensor
     positions: Tensor
     real: Tensor
+    room: Room | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The four tensors."""
+        return self.k, self.v, self.positions, self.real
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +95,22 @@ def arrivals(x: Tensor, call: Call, seen: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def extended(cache: Keys | None, k: Tensor, v: Tensor, positions: Tensor, real: Tensor) -> Keys:
-    """The cache with new keys behind the old ones."""
+    """The cache with new keys behind the old ones.
+
+    Without gradients it grows in place where it can, so that a token costs no copy of the cache;
+    the old state stays as it was, and two continuations of one state do not disturb each other.
+    """
+    new = (k, v, positions, real)
     if cache is None:
-        return Keys(k, v, positions, real)
-    return Keys(
-        torch.cat([cache.k, k], 2),
-        torch.cat([cache.v, v], 2),
-        torch.cat([cache.positions, positions], 1),
-        torch.cat([cache.real, real], 1),
-    )
+        return Keys(*new)
+    if torch.compiler.is_compiling() or any(x.requires_grad for x in (*new, *cache.parts)):
+        joined = zip(cache.parts, new, strict=True)
+        return Keys(*(torch.cat([old, x], _axis(x)) for old, x in joined))
+    room, length = cache.room, cache.k.shape[2]
+    if room is None or room.filled != length or not room.fits(k.shape[2]):
+        room = Room(cache.parts, 2 * (length + k.shape[2]))
+    room.append(new)
+    return Keys(*room.rows, room=room)
 
 
 def trimmed(cache: Keys, mask: Mask | None, seen: Tensor, heads: int, call: Call) -> Keys:
