@@ -16,7 +16,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: venv
-	$(BIN)/regard compare --task recall --out runs/demo --threads $(THREADS)
+	$(BIN)/regard compare --task "recall(vocab=256)" --seeds 0,1 --lrs 3e-3,1e-2 --steps 200 \
+	  --threads $(THREADS) --out runs/demo
 
 test: venv
 	$(BIN)/python -m pytest -n $(THREADS) -m "not slow"

@@ -25,7 +25,7 @@ from regard.core.errors import UnsupportedError
 from regard.core.frame import Frame
 from regard.core.mask import Mask
 from regard.core.scored import Scored, attend
-from regard.core.tiling import BLOCK
+from regard.core.tiling import BLOCK, GATHERED_KEY
 from regard.masks.future import hides_future
 from regard.masks.neighborhood import Neighborhood
 from regard.operators.gathered import attend_gathered
@@ -97,14 +97,13 @@ def _not_gathered(q: Tensor, k: Tensor, call: Call) -> str:
 
 def _pays(mask: Neighborhood, call: Call, keys: int) -> bool:
     """Whether reading a window's keys one by one beats row-major tiles, which read every key of the
-    rows of the grid that a block of queries and its windows touch. A gathered key was measured to
-    cost about 32 times a tiled one (two cores, 56 x 56 cells, head width 32).
+    rows of the grid that a block of queries and its windows touch.
     """
     grid = call.grid or (keys,)
     kernels = [axis.kernel for axis in mask.axes(len(grid))]
     row = math.prod(grid[1:])
     tiled = min(BLOCK + kernels[0] * row, keys)
-    return len(grid) > 1 and 32 * (math.prod(kernels) + call.prefix) < tiled
+    return len(grid) > 1 and GATHERED_KEY * (math.prod(kernels) + call.prefix) < tiled
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, call: Call, mask: Neighborhood) -> Result:

@@ -33,6 +33,7 @@ from regard.core.mask import Causal
 from regard.core.scored import Scored, ScoreMod, repeat_heads, without_padding
 from regard.core.selected import Choice, Selected, attend_chosen, choose, select
 from regard.core.sequence import in_sequence
+from regard.core.tiling import GATHERED_KEY
 from regard.importance.clusters import (
     SameCluster,
     affinity,
@@ -57,7 +58,8 @@ class RoutingTransformer(nn.Module):
         balanced: the published choice, see above. memory: learned keys and values per cluster, for
             the balanced choice. commitment: factor on the loss left in call.notes.
         impl: "sorted" sorts keys by cluster (N*window operations), "masked" and "gathered" are the
-            executors of every selecting mechanism, which serve any mask; "auto" sorts where it can.
+            executors of every selecting mechanism, which serve any mask; "auto" sorts where it can
+            and where windows are short against the sequence.
     """
 
     centroids: Tensor
@@ -130,7 +132,8 @@ class RoutingTransformer(nn.Module):
         method = Selected(rank[:, :, None], self.window, inner=inner)
         if self.impl == "gathered":
             return select(q, k, v, call, method, impl="gathered")
-        if self.impl == "masked" or not sortable:
+        pays = GATHERED_KEY * self.window < k.shape[2]
+        if self.impl == "masked" or not sortable or (self.impl == "auto" and not pays):
             return select(q, k, v, call, method)
         if call.padding is not None:
             theirs = theirs.masked_fill(~call.padding[:, None], -1)
