@@ -104,13 +104,15 @@ def extended(cache: Keys | None, k: Tensor, v: Tensor, positions: Tensor, real: 
     if cache is None:
         return Keys(*new)
     if torch.compiler.is_compiling() or any(x.requires_grad for x in (*new, *cache.parts)):
-        joined = zip(cache.parts, new, strict=True)
-        return Keys(*(torch.cat([old, x], _axis(x)) for old, x in joined))
+        pairs = zip(cache.parts, new, strict=True)
+        k, v, positions, real = (torch.cat([old, x], _axis(x)) for old, x in pairs)
+        return Keys(k, v, positions, real)
     room, length = cache.room, cache.k.shape[2]
     if room is None or room.filled != length or not room.fits(k.shape[2]):
         room = Room(cache.parts, 2 * (length + k.shape[2]))
     room.append(new)
-    return Keys(*room.rows, room=room)
+    k, v, positions, real = room.rows
+    return Keys(k, v, positions, real, room)
 
 
 def trimmed(cache: Keys, mask: Mask | None, seen: Tensor, heads: int, call: Call) -> Keys:
