@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+SPACE = 4  # pixels between two labels
 GAPS = (7, 12, 20, 30, 42, 56, 74, 96, 122, 152, 190, 240)
 # Directions from the point to its label as parts of (half the label + gap), with their cost in
 # pixels: beside is read best, above and below next, diagonals last.
@@ -187,7 +188,7 @@ def _collides(candidate: Placed, others: Sequence[Placed], scene: Scene) -> bool
     """Whether the label would touch a marker, a label or a leader, or its leader a label."""
     box, leader = candidate.box, candidate.leader
     return any(box.overlaps(marker) for marker in scene.markers) or any(
-        box.overlaps(other.box.grown(1))
+        box.overlaps(other.box.grown(SPACE))
         or (other.leader is not None and other.leader.crosses(box))
         or (leader is not None and leader.crosses(other.box))
         for other in others
