@@ -48,9 +48,12 @@ class Work:
 
 
 def fitted_block(work: Work, batch: int, itemsize: int, workspace: int = WORKSPACE) -> int:
-    """Query rows per tile, so that three copies of the widest tile's scores fit the workspace."""
+    """Query rows per tile, so that three copies of the widest tile's scores fit the workspace (six,
+    where a bias is computed for every pair).
+    """
     widest = max((width(t) for t in work.tiles), default=1)
-    rows = workspace // max(1, 3 * batch * work.frame.heads * widest * itemsize)
+    copies = 3 if work.method.block_bias is None else 6
+    rows = workspace // max(1, copies * batch * work.frame.heads * widest * itemsize)
     block = BLOCK
     while block > max(rows, 1):
         block //= 2
