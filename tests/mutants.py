@@ -18,7 +18,8 @@ from regard.core.call import Call, Result
 from regard.core.card import Card, Example
 from regard.core.catalog import card
 from regard.core.mask import Causal
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
+from regard.core.weights import Scored
 from regard.masks.window import Window
 from regard.testing import checks_for, run_check
 

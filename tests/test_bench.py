@@ -40,7 +40,8 @@ from regard.core.call import Result as Outcome
 from regard.core.catalog import cards
 from regard.core.count import count_flops
 from regard.core.errors import ArgumentError
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
+from regard.core.weights import Scored
 from regard.masks.blocks import Blocks
 from regard.report.speed import speed_html, time_span, write_speed
 from regard.testing.compare import close

@@ -9,7 +9,8 @@ from regard.core.call import Call
 from regard.core.errors import UnsupportedError
 from regard.core.flexed import block_mask
 from regard.core.mask import Causal, Mask
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
+from regard.core.weights import Scored
 from regard.masks.sinks import Sinks
 from regard.masks.window import Window
 from regard.testing.compare import close

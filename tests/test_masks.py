@@ -22,7 +22,8 @@ from regard.core.call import Call
 from regard.core.errors import ArgumentError
 from regard.core.frame import Frame
 from regard.core.mask import Both, Causal, Either, Given, Mask, Outside, Real
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
+from regard.core.weights import Scored
 from regard.masks.blocks import Blocks
 from regard.masks.document import Document
 from regard.masks.future import hides_future

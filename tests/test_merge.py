@@ -13,7 +13,8 @@ from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError
 from regard.core.mask import Causal
 from regard.core.merge import merge
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
+from regard.core.weights import Scored
 from regard.testing.compare import close
 
 

@@ -15,7 +15,8 @@ from regard.core.call import Call
 from regard.core.errors import ArgumentError
 from regard.core.mask import Causal, Mask
 from regard.core.ring import balanced_shard, ring_attend, split_keys_attend
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
+from regard.core.weights import Scored
 from regard.masks.sinks import Sinks
 from regard.masks.window import Window
 from regard.testing.compare import close

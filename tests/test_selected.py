@@ -15,10 +15,11 @@ from regard.core.call import Call
 from regard.core.errors import ArgumentError
 from regard.core.frame import Frame
 from regard.core.mask import Causal
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
 from regard.core.selected import Selected, choose, select
 from regard.core.sequence import in_sequence
 from regard.core.state import state_bytes
+from regard.core.weights import Scored
 from regard.importance.clusters import commitment, k_means_step, last_members, unit
 from regard.operators.block_topk import block_topk
 from regard.operators.cca import CoreOrLocal, cca

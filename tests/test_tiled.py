@@ -12,8 +12,9 @@ from regard.build import create
 from regard.core.call import Call
 from regard.core.errors import UnsupportedError
 from regard.core.mask import Causal, Given, Mask
-from regard.core.scored import Scored, attend, decide, explain
+from regard.core.scored import attend, decide, explain
 from regard.core.tiling import plan_tiles, width
+from regard.core.weights import Scored
 from regard.masks.document import Document
 from regard.masks.sinks import Sinks
 from regard.masks.window import Window

@@ -14,7 +14,8 @@ from regard.bench.rivals import Rivals
 from regard.bench.sweep import clocked
 from regard.bench.timing import Pace
 from regard.core.call import Call
-from regard.core.scored import Impl, Scored, attend
+from regard.core.scored import Impl, attend
+from regard.core.weights import Scored
 from regard.masks.blocks import Blocks
 
 BLOCK = 128

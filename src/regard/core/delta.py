@@ -28,7 +28,8 @@ from regard.core.recurrent import (
     token_decay,
     widened,
 )
-from regard.core.scored import repeat_heads, without_padding
+from regard.core.scored import without_padding
+from regard.core.weights import repeat_heads
 
 DeltaForm = Literal["auto", "chunk", "scan"]
 

@@ -24,7 +24,8 @@ from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.forms import chunked, parallel, scan, step_
 from regard.core.mask import Causal
-from regard.core.scored import repeat_heads, without_padding
+from regard.core.scored import without_padding
+from regard.core.weights import repeat_heads
 
 Form = Literal["auto", "parallel", "chunk", "scan"]
 

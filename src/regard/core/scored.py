@@ -28,35 +28,15 @@ from regard.core.mask import Causal, Mask
 from regard.core.tiled import Work, fitted_block, run_tiles
 from regard.core.tiling import plan_tiles
 from regard.core.weights import (
-    Normaliser,
     Scored,
-    ScoreMod,
     Softmax,
     group_scores,
     group_values,
-    masked_lse,
     modified_scores,
     normalised,
     repeat_heads,
     scale_of,
 )
-
-__all__ = [
-    "Impl",
-    "Normaliser",
-    "ScoreMod",
-    "Scored",
-    "Softmax",
-    "attend",
-    "group_scores",
-    "group_values",
-    "masked_lse",
-    "modified_scores",
-    "normalised",
-    "repeat_heads",
-    "scale_of",
-    "without_padding",
-]
 
 Impl = Literal["auto", "dense", "sdpa", "tiled", "flex"]
 TILED_FROM = 512

@@ -21,15 +21,8 @@ from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError
 from regard.core.frame import Pairs
 from regard.core.mask import Mask, both
-from regard.core.scored import (
-    Scored,
-    attend,
-    modified_scores,
-    normalised,
-    repeat_heads,
-    scale_of,
-    without_padding,
-)
+from regard.core.scored import attend, without_padding
+from regard.core.weights import Scored, modified_scores, normalised, repeat_heads, scale_of
 
 Impl = Literal["masked", "gathered"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regard.core.call import Call
 from regard.core.recurrent import inverse
-from regard.core.scored import Softmax, group_scores, scale_of
+from regard.core.weights import Softmax, group_scores, scale_of
 
 
 def softmax_weights(q: Tensor, k: Tensor, call: Call) -> Tensor:

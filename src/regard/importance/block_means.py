@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regard.core.scored import group_scores
+from regard.core.weights import group_scores
 
 
 def mean_keys(k: Tensor, real: Tensor, block: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from regard.core.call import Call
 from regard.core.errors import ArgumentError
-from regard.core.scored import Softmax
+from regard.core.weights import Softmax
 from regard.features.grid import Sides, to_image, to_tokens
 from regard.layers.attention import split_heads
 from regard.layers.length_scaled import CosineHeads

@@ -23,7 +23,8 @@ from regard.core.boundary import check_tokens
 from regard.core.call import Call
 from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.errors import ArgumentError
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
+from regard.core.weights import Scored
 from regard.features.grid import Tiling, image_sides, tile_means
 from regard.layers.attention import join_heads, real_tokens, split_heads
 from regard.layers.window_attention import attend_in_tiles

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from regard.core.boundary import check_tokens, refuse
 from regard.core.call import Call
 from regard.core.errors import ArgumentError
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
+from regard.core.weights import Scored
 from regard.features.grid import Sides, image_sides
 from regard.layers.attention import join_heads, real_tokens, split_heads
 

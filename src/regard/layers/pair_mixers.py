@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.core.card import Card, Claim, Cost, Limit
-from regard.core.scored import Softmax
+from regard.core.weights import Softmax
 from regard.layers.attention import split_heads
 from regard.layers.justdense import EXAMPLE, PAPERS, MatrixMixer, mixer_golden, mixer_sizes, xavier
 

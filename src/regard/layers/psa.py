@@ -25,7 +25,7 @@ from regard.core.boundary import check_tokens, refuse
 from regard.core.call import Call
 from regard.core.card import Card, Claim, Cost, Golden, Paper
 from regard.core.errors import ArgumentError
-from regard.core.scored import Softmax
+from regard.core.weights import Softmax
 from regard.layers.attention import real_tokens
 
 Variant = Literal["paper", "official"]

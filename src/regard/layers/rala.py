@@ -23,7 +23,8 @@ from regard.core.call import Call
 from regard.core.card import Card, Claim, Cost, Example, Golden, Paper
 from regard.core.errors import ArgumentError
 from regard.core.recurrent import widened
-from regard.core.scored import Scored, Softmax, attend, scale_of, without_padding
+from regard.core.scored import attend, without_padding
+from regard.core.weights import Scored, Softmax, scale_of
 from regard.features.axial import axial_angles
 from regard.features.elu import elu_plus_one
 from regard.features.grid import convolved, image_sides

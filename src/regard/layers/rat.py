@@ -27,8 +27,9 @@ from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.mask import Causal
 from regard.core.merge import merge
 from regard.core.recurrent import is_causal
-from regard.core.scored import Scored, attend, scale_of
+from regard.core.scored import attend
 from regard.core.state import Decoding, Keys, arrivals, extended
+from regard.core.weights import Scored, scale_of
 from regard.features.chunk_means import chunk_means
 from regard.features.rotary import rotary_angles, rotate
 from regard.layers.attention import join_heads, real_tokens, split_heads

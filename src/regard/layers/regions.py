@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from regard.core.call import Call
-from regard.core.scored import Scored, Softmax, attend
+from regard.core.scored import attend
 from regard.core.selected import Selected, choose, select
+from regard.core.weights import Scored, Softmax
 from regard.layers.attention import join_heads, split_heads
 
 

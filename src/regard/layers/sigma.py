@@ -25,15 +25,9 @@ from torch import Tensor, nn
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Limit, Paper
 from regard.core.errors import ArgumentError
-from regard.core.scored import (
-    Scored,
-    attend,
-    group_scores,
-    group_values,
-    normalised,
-    scale_of,
-)
+from regard.core.scored import attend
 from regard.core.selected import choose
+from regard.core.weights import Scored, group_scores, group_values, normalised, scale_of
 from regard.features.rotary import Style, rotary_angles, rotate
 from regard.layers.attention import Attention, split_heads
 

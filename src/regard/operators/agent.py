@@ -19,7 +19,8 @@ from regard.core.boundary import check_qkv, grid_of, refuse
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Paper
 from regard.core.errors import ArgumentError
-from regard.core.scored import Scored, attend, group_values, without_padding
+from regard.core.scored import attend, without_padding
+from regard.core.weights import Scored, group_values
 from regard.features.adaptive import adaptive_means, blocks, runs
 
 

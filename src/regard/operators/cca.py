@@ -28,15 +28,8 @@ from regard.core.frame import Pairs
 from regard.core.mask import Mask
 from regard.core.padding import front_aligned
 from regard.core.recurrent import is_causal
-from regard.core.scored import (
-    Impl,
-    Scored,
-    Softmax,
-    attend,
-    repeat_heads,
-    scale_of,
-    without_padding,
-)
+from regard.core.scored import Impl, attend, without_padding
+from regard.core.weights import Scored, Softmax, repeat_heads, scale_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,8 @@ from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.recurrent import Form, Memory, Recurrent, is_causal, recur
-from regard.core.scored import Scored, attend, repeat_heads, scale_of, without_padding
+from regard.core.scored import attend, without_padding
+from regard.core.weights import Scored, repeat_heads, scale_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,8 +26,9 @@ from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.errors import ArgumentError
 from regard.core.mask import Causal
-from regard.core.scored import Scored, Softmax, repeat_heads, without_padding
+from regard.core.scored import without_padding
 from regard.core.selected import Impl, Selected, select
+from regard.core.weights import Scored, Softmax, repeat_heads
 from regard.features.rotary import rotate
 
 BiasForm = Literal["exp", "linear"]

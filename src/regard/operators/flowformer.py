@@ -26,7 +26,8 @@ from regard.core.card import Card, Claim, Cost, Golden, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.mask import Causal
 from regard.core.recurrent import Form, Memory, Recurrent, is_causal, recur, widened
-from regard.core.scored import repeat_heads, without_padding
+from regard.core.scored import without_padding
+from regard.core.weights import repeat_heads
 
 Feature = Literal["sigmoid", "relu"]
 _NEVER = -1e30  # a log weight that adds nothing, finite so that its gradient is

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from regard.core.call import Call, Result
-from regard.core.scored import Softmax, normalised, scale_of, without_padding
+from regard.core.scored import without_padding
+from regard.core.weights import Softmax, normalised, scale_of
 
 
 def attend_gathered(

@@ -21,7 +21,8 @@ from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Golden, Limit, Paper
 from regard.core.mask import Causal
 from regard.core.recurrent import Form, Memory, Recurrent, recur
-from regard.core.scored import repeat_heads, without_padding
+from regard.core.scored import without_padding
+from regard.core.weights import repeat_heads
 from regard.features.hedgehog import Activation, HedgehogMap
 from regard.features.mimicry import linear_weights, mimicry_loss, softmax_weights
 

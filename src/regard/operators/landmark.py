@@ -28,8 +28,9 @@ from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
-from regard.core.scored import Scored, Softmax, attend
+from regard.core.scored import attend
 from regard.core.selected import choose
+from regard.core.weights import Scored, Softmax
 
 
 def landmark(

@@ -26,7 +26,8 @@ from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.mask import Causal
 from regard.core.padding import Alignment
 from regard.core.recurrent import Form, Memory, Recurrent, inverse, is_causal, recur, widened
-from regard.core.scored import repeat_heads, scale_of, without_padding
+from regard.core.scored import without_padding
+from regard.core.weights import repeat_heads, scale_of
 from regard.features.hedgehog import Activation, HedgehogMap
 from regard.operators.hedgehog import convert as convert_maps
 

@@ -28,7 +28,8 @@ from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Golden, Limit, Paper
 from regard.core.errors import ArgumentError
 from regard.core.mask import Causal
-from regard.core.scored import Normaliser, Scored, attend, without_padding
+from regard.core.scored import attend, without_padding
+from regard.core.weights import Normaliser, Scored
 
 _SHORT = 3  # rows of up to that many keys are not thinned out
 

@@ -26,17 +26,15 @@ from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.frame import Frame
 from regard.core.mask import Causal
-from regard.core.scored import (
-    TILED_FROM,
+from regard.core.scored import TILED_FROM, attend, without_padding
+from regard.core.weights import (
     Scored,
     Softmax,
-    attend,
     group_scores,
     group_values,
     modified_scores,
     normalised,
     scale_of,
-    without_padding,
 )
 from regard.scores.relative import (
     consecutive_rows,

@@ -24,8 +24,9 @@ from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.errors import UnsupportedError
 from regard.core.frame import Frame
 from regard.core.mask import Mask
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
 from regard.core.tiling import BLOCK, GATHERED_KEY
+from regard.core.weights import Scored
 from regard.masks.future import hides_future
 from regard.masks.neighborhood import Neighborhood
 from regard.operators.gathered import attend_gathered

@@ -30,10 +30,11 @@ from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.frame import Frame
 from regard.core.grouped import Grouped, attend_in_groups
 from regard.core.mask import Causal
-from regard.core.scored import Scored, ScoreMod, repeat_heads, without_padding
+from regard.core.scored import without_padding
 from regard.core.selected import Choice, Selected, attend_chosen, choose, select
 from regard.core.sequence import in_sequence
 from regard.core.tiling import GATHERED_KEY
+from regard.core.weights import Scored, ScoreMod, repeat_heads
 from regard.importance.clusters import (
     SameCluster,
     affinity,

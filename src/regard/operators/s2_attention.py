@@ -22,7 +22,8 @@ from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.frame import Frame
 from regard.core.mask import Causal, Mask
-from regard.core.scored import Impl, Scored, attend
+from regard.core.scored import Impl, attend
+from regard.core.weights import Scored
 from regard.masks.future import hides_future
 from regard.masks.shards import Shards
 

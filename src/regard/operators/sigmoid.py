@@ -26,7 +26,8 @@ from regard.core.card import Card, Claim, Cost, Golden, Limit, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.kernels import sigmoid_sum
 from regard.core.mask import Causal
-from regard.core.scored import Impl, Scored, attend
+from regard.core.scored import Impl, attend
+from regard.core.weights import Scored
 from regard.scores.alibi import alibi
 
 Divisor = Literal["count", "sqrt_count", "row", "sqrt_row"]

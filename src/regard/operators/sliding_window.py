@@ -12,7 +12,8 @@ from torch import Tensor
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Example, Limit, Paper
 from regard.core.mask import Mask
-from regard.core.scored import Impl, Scored, attend
+from regard.core.scored import Impl, attend
+from regard.core.weights import Scored
 from regard.masks.sinks import Sinks
 from regard.masks.window import Window
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Paper
-from regard.core.scored import Impl, Scored, attend
+from regard.core.scored import Impl, attend
+from regard.core.weights import Scored
 
 
 def softmax(q: Tensor, k: Tensor, v: Tensor, call: Call, *, impl: Impl = "auto") -> Result:

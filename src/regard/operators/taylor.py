@@ -22,7 +22,8 @@ from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Paper
 from regard.core.errors import ArgumentError
 from regard.core.recurrent import Form, Memory, Recurrent, recur
-from regard.core.scored import Scored, attend, scale_of, without_padding
+from regard.core.scored import attend, without_padding
+from regard.core.weights import Scored, scale_of
 from regard.features.taylor import taylor_features
 
 

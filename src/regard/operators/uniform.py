@@ -15,7 +15,8 @@ from torch import Tensor
 from regard.core.boundary import check_qkv, refuse
 from regard.core.call import Call, Result
 from regard.core.card import Card, Claim, Cost, Limit, Paper
-from regard.core.scored import Scored, attend
+from regard.core.scored import attend
+from regard.core.weights import Scored
 
 
 def uniform(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:

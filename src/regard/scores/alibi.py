@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.core.frame import Frame
-from regard.core.scored import ScoreMod
+from regard.core.weights import ScoreMod
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from regard.core.card import Card
-from regard.core.scored import repeat_heads
+from regard.core.weights import repeat_heads
 from regard.testing.compare import close, finite, same
 from regard.testing.subject import Subject
 

@@ -15,7 +15,8 @@ from regard.core.call import Call, Result
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.mask import Causal
 from regard.core.recurrent import Memory
-from regard.core.scored import group_scores, group_values, repeat_heads, without_padding
+from regard.core.scored import without_padding
+from regard.core.weights import group_scores, group_values, repeat_heads
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDTHS = (16, 32, 64, 128, 256)
