@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from regard.bench import delta_rule
 from regard.bench.block_sparse import Sparse
 from regard.bench.book import Book
 from regard.bench.decode import DecodePlan, decode
+from regard.bench.delta_rule import GatedDelta
 from regard.bench.efficiency import efficiencies, efficiency
-from regard.bench.footprint import Job, peak_bytes
+from regard.bench.footprint import Job, footprint
 from regard.bench.gate import gate, relative_error
 from regard.bench.machine import cache_bytes, memory_limited
 from regard.bench.memory import sweep_memory
-from regard.bench.probes import Absent, Cut, Neighbours
+from regard.bench.probes import Cut, Neighbours
 from regard.bench.promises import measure_targets
 from regard.bench.record import read_record
 from regard.bench.rivals import Setting, rivals, size_for
 from regard.bench.roof import PROBE_FLOPS, Roof, buffer_bytes, matmul_probe, measure_roof
 from regard.bench.spec import Spec
-from regard.bench.speed import MemoryPoint, Speed, TimePoint
+from regard.bench.speed import DecodePoint, MemoryPoint, Speed, TimePoint
 from regard.bench.sweep import Plan, Progress, every_mechanism, sweep
 from regard.bench.targets import TARGETS, Target
 from regard.bench.timing import Pace, interleaved, ratio, spread
@@ -380,7 +383,7 @@ def test_peak_memory_sees_a_matrix_of_scores() -> None:
             setting=SMALL,
             threads=1,
         )
-        return peak_bytes(job)
+        return footprint(job).bytes
 
     scores = SMALL.heads * 1024**2 * 4
     assert peak("dense") >= scores
@@ -424,25 +427,28 @@ def test_a_layer_reads_as_many_tokens_as_it_has_time_for(book: Book) -> None:
 def test_every_target_is_told_apart_and_judged_both_ways() -> None:
     told = [(t.name, t.probe.setting, t.probe.unit) for t in TARGETS]
     assert len(set(told)) == len(told)
-    lower = Target("a", Absent("b", "c"), "at least", 2)
+    lower = Target("a", Cut(spec("softmax"), 64), "at least", 2)
     assert (lower.kept(2), lower.kept(1.9)) == (True, False)
     assert replace(lower, sense="at most").kept(1.9)
 
 
-def test_targets_are_measured_once_and_absent_ones_say_why(tmp_path: Path) -> None:
+def test_targets_are_measured_once_and_absent_ones_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, delta_rule.MODULE, None)
     book = Book(tmp_path, Setting())
     chosen = (
         Target("cut", Cut(spec("lightning"), 64), "at least", 0),
         Target("blocks", Sparse(0.5, 256), "at most", 0),
         Target("near", Neighbours(spec("neighborhood", kernel=3), (6, 6), SMALL), "at least", 0),
-        Target("none", Absent("×", "there is no such mechanism"), "at least", 1),
+        Target("none", GatedDelta(64), "at least", 1),
         Target("unknown", Cut(spec("sofmax"), 64), "at least", 1),
     )
     measure_targets(chosen, QUICK, book, ignored)
     found = {p.name: p for p in book.speed.targets}
     assert [found[name].passed for name in ("cut", "blocks", "near")] == [True, False, True]
     assert found["none"].passed is None
-    assert "no such mechanism" in found["none"].reason
+    assert "pip install transformers" in found["none"].reason
     assert "softmax" in found["unknown"].reason
     measure_targets(chosen, QUICK, book, ignored)
     assert len(book.speed.targets) == len(chosen)
@@ -497,6 +503,20 @@ def test_the_report_shows_curves_and_efficiency_lengths(tmp_path: Path, book: Bo
     assert not re.search(r'(src|href)="(?!#|data:)', html)
     write_speed(book.speed.plain(), tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == html
+
+
+def test_the_report_says_what_does_not_decode_and_what_was_weighed_alone(book: Book) -> None:
+    made(book)
+    step: dict[str, Any] = {"asked": 8, "keys": 8, "state": "keys", "through": "operator"}
+    shared = {"family": "scored", "status": "measured", "session": 0}
+    book.add("decode", [DecodePoint(mechanism=spec("a"), **shared, **step)])
+    alone = memory_point("a", 512, 10).model_copy(update={"baseline_bytes": None})
+    book.add("memory", [alone])
+    html = speed_html(book.speed.plain())
+    (undecoded,) = re.findall(r"do not decode token by token: (.*?)</p>", html)
+    assert undecoded == "<code>b</code>."
+    prose = " ".join(re.sub(r"<[^>]+>", " ", html).split())
+    assert "alone" in prose.partition("Peak memory")[2]
 
 
 def test_the_report_escapes_everything(book: Book) -> None:
@@ -566,9 +586,9 @@ def test_an_interruption_keeps_what_is_finished(
         calls.append(1)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        return {"seconds": spread([0.01])}
+        return {"seconds": spread([0.01]), "baseline_seconds": spread([0.01])}
 
-    monkeypatch.setattr("regard.bench.sweep.clocked", interrupted)
+    monkeypatch.setattr("regard.bench.yardstick.clocked", interrupted)
     result = run("speed", "--mechanisms", "uniform", "--lengths", "16,32", "--out", str(tmp_path))
     assert result.exit_code == 130
     assert "the same command resumes" in result.stderr

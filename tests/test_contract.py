@@ -7,10 +7,17 @@ import pytest
 from regard.core.catalog import cards
 from regard.testing import CHECKS, checks_for, run_check
 
-PAIRS = [(name, check) for name, entry in cards().items() for check in checks_for(entry)]
+PAIRS = [
+    pytest.param(
+        name, check, id=f"{name}-{check}", marks=[pytest.mark.slow] if CHECKS[check].slow else []
+    )
+    for name, entry in cards().items()
+    for check in checks_for(entry)
+]
 
 
-@pytest.mark.parametrize(("name", "check"), PAIRS, ids=[f"{n}-{c}" for n, c in PAIRS])
+@pytest.mark.parametrize(("name", "check"), PAIRS)
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # the compiler's own
 def test_contract(name: str, check: str) -> None:
     run_check(cards()[name], check)
 

@@ -14,12 +14,16 @@ import pytest
 import torch
 
 from regard.core.card import Golden
-from regard.core.catalog import cards
+from regard.core.catalog import cards, treatments
 from regard.testing.compare import close
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(os.environ.get("REGARD_GOLDENS", ROOT / ".." / "shared" / "goldens"))
-NAMED = [(name, golden) for name, entry in cards().items() for golden in entry.goldens]
+NAMED = [
+    (name, golden)
+    for name, entry in [*cards().items(), *treatments().items()]
+    for golden in entry.goldens
+]
 
 
 def cases() -> Iterator[Any]:
@@ -53,6 +57,11 @@ def same_as(got: Any, expected: Any, what: str) -> None:
         assert set(got) == set(expected), what
         for key in expected:
             same_as(got[key], expected[key], f"{what}[{key}]")
+        return
+    if isinstance(expected, list) and any(isinstance(x, torch.Tensor) for x in expected):
+        assert len(got) == len(expected), what
+        for index, wanted in enumerate(expected):
+            same_as(got[index], wanted, f"{what}[{index}]")
         return
     wanted = torch.as_tensor(expected)
     found = torch.as_tensor(got)

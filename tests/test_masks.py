@@ -26,6 +26,7 @@ from regard.core.scored import attend
 from regard.core.weights import Scored
 from regard.masks.blocks import Blocks
 from regard.masks.document import Document
+from regard.masks.elastic import Elastic
 from regard.masks.future import hides_future
 from regard.masks.neighborhood import Neighborhood
 from regard.masks.power import PowerReach
@@ -103,6 +104,9 @@ def simple(n: int, m: int) -> dict[type[Mask], st.SearchStrategy[Any]]:
         Shards: shards(),
         Neighborhood: neighborhoods(),
         Blocks: block_charts(),
+        Elastic: st.builds(
+            Elastic, st.integers(-4, 6), st.floats(0, 1, width=16), small, st.integers(0, 2)
+        ),
     }
 
 

@@ -58,6 +58,20 @@ def scenes(draw: Any) -> dict[str, Any]:
 
 
 @quick
+@given(st.integers(1, 6), st.integers(0, 10**6), st.booleans())
+def test_few_of_many_are_chosen_as_by_sorting_all(keep: int, seed: int, ties: bool) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    importance = torch.randn(2, 3, 4, 60, generator=draw)
+    importance = importance.round() if ties else importance
+    allowed = torch.rand(2, 1, 4, 60, generator=draw) < 0.9
+    allowed[0, 0, 1] = False
+    importance[1, 1, 2, 7] = INF
+    ranked = importance.masked_fill(~allowed, -INF).flip(-1)
+    order = 59 - ranked.argsort(dim=-1, descending=True, stable=True)[..., :keep]
+    same(choose(importance, allowed, keep).index, order, "the first few")
+
+
+@quick
 @given(scenes())
 def test_masked_equals_gathered_with_gradients(scene: dict[str, Any]) -> None:
     n, m = scene["rows"] * scene["query_tile"], scene["tiles"] * scene["key_tile"]

@@ -57,9 +57,10 @@ def tiles_of(frame: Frame, query_block: int, key_block: int) -> Tiles:
 def edges(positions: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Least and greatest value in each block of (B, N): two (B, ceil(N / block))."""
     fringe = -positions.shape[-1] % block
-    last = positions[:, -1:].expand(-1, fringe)
-    blocks = torch.cat([positions, last], -1).unflatten(-1, (-1, block))
-    return blocks.amin(-1), blocks.amax(-1)
+    if fringe:
+        positions = torch.cat([positions, positions[:, -1:].expand(-1, fringe)], -1)
+    low, high = positions.unflatten(-1, (-1, block)).aminmax(dim=-1)
+    return low, high
 
 
 @dataclass(frozen=True)

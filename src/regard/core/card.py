@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from regard.core.mask import Mask
 
@@ -178,8 +178,7 @@ class Card:
     @property
     def doc(self) -> str:
         """The method file's module docstring: what differs, and the formula."""
-        module = inspect.getmodule(self.build)
-        return inspect.cleandoc(module.__doc__ or "") if module else ""
+        return inspect_doc(self.build)
 
     @property
     def summary(self) -> str:
@@ -197,14 +196,30 @@ class Card:
         }
 
 
+def inspect_doc(build: object) -> str:
+    """Docstring of the module in which something is defined."""
+    module = inspect.getmodule(build)
+    return inspect.cleandoc(module.__doc__ or "") if module else ""
+
+
 def operator_call(build: Callable[..., Any]) -> Callable[..., Any]:
     """What is called with q, k, v: the function itself, or the forward of an operator module."""
     return getattr(build, "forward", build)
 
 
-def by_name(cards: Iterable[Card]) -> dict[str, Card]:
+class Named(Protocol):
+    """Anything with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Entry = TypeVar("Entry", bound=Named)
+
+
+def by_name(cards: Iterable[Entry]) -> dict[str, Entry]:
     """Cards by name; two cards of one name are a bug in the library."""
-    table: dict[str, Card] = {}
+    table: dict[str, Entry] = {}
     for card in cards:
         if card.name in table:
             raise ValueError(f"two cards are called {card.name!r}")

@@ -50,6 +50,12 @@ class Frame:
         keys = self.key_positions
         return keys.amax(-1) + 1 if keys.shape[-1] else keys.new_zeros(keys.shape[0])
 
+    @property
+    def consecutive(self) -> bool:
+        """Whether positions rise by one from row to row, of queries and of keys."""
+        both = self.query_positions, self.key_positions
+        return all(bool((x[:, 1:] - x[:, :-1] == 1).all()) for x in both)
+
     def at(self, b: Tensor, h: Tensor, query_index: Tensor, key_index: Tensor) -> Pairs:
         """Pairs at the given indices, which must broadcast against each other."""
         query, key = (

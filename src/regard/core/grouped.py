@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.call import Call, Result
-from regard.core.selected import Choice, take_rows
+from regard.core.rows import take_rows
+from regard.core.selected import Choice
 from regard.core.weights import Scored, modified_scores, normalised, scale_of
 
 MEAN_EPS = 1e-5

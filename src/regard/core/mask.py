@@ -42,6 +42,13 @@ class Mask:
         """
         return tiles.unknown
 
+    @property
+    def by_distance(self) -> bool:
+        """Whether visibility depends on the difference of the two positions alone, so that tiles on
+        one diagonal share it.
+        """
+        return False
+
     def __and__(self, other: Mask) -> Mask:
         return Both(self, other)
 
@@ -101,6 +108,10 @@ class Both(Mask):
         (some, full), (more, fuller) = self.left.bounds(tiles), self.right.bounds(tiles)
         return some & more, full & fuller
 
+    @property
+    def by_distance(self) -> bool:
+        return self.left.by_distance and self.right.by_distance
+
 
 @dataclass(frozen=True)
 class Either(Mask):
@@ -119,6 +130,10 @@ class Either(Mask):
         (some, full), (more, fuller) = self.left.bounds(tiles), self.right.bounds(tiles)
         return some | more, full | fuller
 
+    @property
+    def by_distance(self) -> bool:
+        return self.left.by_distance and self.right.by_distance
+
 
 @dataclass(frozen=True)
 class Outside(Mask):
@@ -133,6 +148,10 @@ class Outside(Mask):
         some, full = self.inner.bounds(tiles)
         return ~full, ~some
 
+    @property
+    def by_distance(self) -> bool:
+        return self.inner.by_distance
+
 
 @dataclass(frozen=True)
 class Causal(Mask):
@@ -145,6 +164,10 @@ class Causal(Mask):
 
     def bounds(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         return tiles.key_low <= tiles.query_high, tiles.key_high <= tiles.query_low
+
+    @property
+    def by_distance(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, eq=False)

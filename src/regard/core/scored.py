@@ -6,13 +6,13 @@ r"""Scored family: every visible key is scored, a normaliser turns scores into w
 
 A method is a `Scored` record; `attend` runs it. `dense` is the definition of truth; `sdpa` serves
 plain softmax calls; `tiled` visits only blocks that somebody sees and never holds an N x M matrix;
-`flex` is PyTorch's compiled kernel for any softmax mechanism.
+`flex` is PyTorch's compiled kernel for any softmax mechanism; `split` reads many keys for a few
+queries, as in decoding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,11 +22,12 @@ from torch import Tensor
 from regard.core.blocks import tiles_of
 from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
+from regard.core.decoding import run_splits, split_serves
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.flexed import Flexed, flex_lacks, run_flex
 from regard.core.mask import Causal, Mask
-from regard.core.tiled import Work, fitted_block, run_tiles
-from regard.core.tiling import plan_tiles
+from regard.core.tiled import run_tiles
+from regard.core.unit import Work
 from regard.core.weights import (
     Scored,
     Softmax,
@@ -38,7 +39,7 @@ from regard.core.weights import (
     scale_of,
 )
 
-Impl = Literal["auto", "dense", "sdpa", "tiled", "flex"]
+Impl = Literal["auto", "dense", "sdpa", "tiled", "flex", "split"]
 TILED_FROM = 512
 """Queries and keys from which `auto` prefers tiles to a whole matrix."""
 
@@ -68,10 +69,11 @@ def attend(
         UnsupportedError: `impl` cannot serve the call.
     """
     check_qkv(q, k, v, call)
-    q, k, v = without_padding(q, k, v, call)
     choice = decide(q, k, call, method, need_lse) if impl == "auto" else Decision(impl, "asked for")
     call.note("executor", choice)
     impl = choice.impl
+    if impl != "split" or torch.is_grad_enabled():  # without gradients splits read around padding
+        q, k, v = without_padding(q, k, v, call)
     if impl == "dense":
         result = _dense(q, k, v, call, method, need_lse)
     elif impl == "sdpa":
@@ -83,13 +85,19 @@ def attend(
         result = _tiled(q, k, v, call, method, need_lse)
     elif impl == "flex":
         result = _flex(q, k, v, call, method, need_lse)
+    elif impl == "split":
+        result = run_splits(q, k, v, call, method, need_lse)
     else:
-        raise ArgumentError("impl", "'auto', 'dense', 'sdpa', 'tiled' or 'flex'", impl)
+        raise ArgumentError("impl", "'auto', 'dense', 'sdpa', 'tiled', 'flex' or 'split'", impl)
     return _blank_padded_queries(result, call)
 
 
 def decide(q: Tensor, k: Tensor, call: Call, method: Scored, need_lse: bool = False) -> Decision:
     """What `impl="auto"` picks for these shapes, and why."""
+    if split_serves(q, k, method):
+        return Decision(
+            "split", "one query, many keys: splits read them at nearly the rate of memory"
+        )
     lacks = _sdpa_lacks(method, need_lse)
     if not lacks and _is_plain(q, k, call, method):
         return Decision("sdpa", "plain softmax, causal or not: the fused kernel is the fastest")
@@ -103,6 +111,15 @@ def decide(q: Tensor, k: Tensor, call: Call, method: Scored, need_lse: bool = Fa
     if lacks or 0 in (k.shape[2], q.shape[2]):
         return Decision("dense", lacks or "there is nothing to attend to")
     return Decision("sdpa", "softmax with a mask or bias, too short for tiles to pay")
+
+
+def executor_lacks(
+    impl: Impl, q: Tensor, k: Tensor, v: Tensor, method: Scored, need_lse: bool = False
+) -> str:
+    """Why an executor cannot serve a mechanism on these tensors, or an empty string."""
+    if impl == "sdpa":
+        return _sdpa_lacks(method, need_lse)
+    return flex_lacks(q, k, v, method, need_lse) if impl == "flex" else ""
 
 
 def explain(run: Callable[[Call], Any], call: Call = Call()) -> list[Decision]:
@@ -120,12 +137,19 @@ def without_padding(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor
     """q, k, v with padded rows set to zero, so that whatever they held, NaN included, cannot reach
     a result or gradient.
     """
-    if call.padding is not None:
+    if call.padding is not None and not all_real(call.padding):
         gone = ~call.padding[:, None, :, None]
         k, v = k.masked_fill(gone, 0.0), v.masked_fill(gone, 0.0)
     if call.query_padding is not None:
         q = q.masked_fill(~call.query_padding[:, None, :, None], 0.0)
     return q, k, v
+
+
+def all_real(padding: Tensor) -> bool:
+    """Whether padding is known to hide nothing, where a look at it costs little."""
+    if padding.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(padding.all())
 
 
 def _blank_padded_queries(result: Result, call: Call) -> Result:
@@ -206,10 +230,7 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored, need_lse
     if scale == 0:
         q, scale = q * 0, 1.0
     group = q.shape[1] // k.shape[1]
-    work = Work(frame, mask, method, scale, need_lse, group, plan_tiles(frame, mask))
-    block = fitted_block(work, q.shape[0], q.element_size())
-    work = replace(work, tiles=plan_tiles(frame, mask, block))
-    return Result(*run_tiles(q, k, v, work))
+    return Result(*run_tiles(q, k, v, Work.of(frame, mask, method, scale, need_lse, group)))
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, call: Call, method: Scored, need_lse: bool) -> Result:

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from regard.core.boundary import check_qkv
 from regard.core.call import Call, Result
+from regard.core.decoding import reads_for_one
 from regard.core.errors import ArgumentError
 from regard.core.frame import Pairs
 from regard.core.mask import Mask, both
-from regard.core.scored import attend, without_padding
-from regard.core.weights import Scored, modified_scores, normalised, repeat_heads, scale_of
+from regard.core.rows import key_products, take_rows, value_sums
+from regard.core.scored import all_real, attend
+from regard.core.weights import Scored, modified_scores, normalised, scale_of
 
 Impl = Literal["masked", "gathered"]
 
@@ -66,13 +68,29 @@ def choose(importance: Tensor, allowed: Tensor, keep: int) -> Choice:
     """
     if keep < 1:
         raise ArgumentError("keep", "at least 1", keep)
+    keep = min(keep, importance.shape[-1])
     finite = importance.clamp_min(torch.finfo(importance.dtype).min)
-    if importance.shape[-2] == 1:
-        return _first_allowed(_descending(finite), allowed, min(keep, importance.shape[-1]))
+    if importance.shape[-2] == 1 and allowed.shape[-2] != 1:
+        return _first_allowed(_descending(finite), allowed, keep)
     finite, allowed = torch.broadcast_tensors(finite, allowed)
     ranked = finite.masked_fill(~allowed, float("-inf"))
-    index = _descending(ranked)[..., : min(keep, importance.shape[-1])]
+    index = _first(ranked, keep)
     return Choice(index, allowed.gather(-1, index))
+
+
+def _first(importance: Tensor, count: int) -> Tensor:
+    """The first `count` of the descending order; few of many are found without sorting them all."""
+    if count * 8 > importance.shape[-1] or torch.compiler.is_compiling() or importance.is_meta:
+        return _descending(importance)[..., :count]
+    importance = importance.nan_to_num(float("inf"), float("inf"), float("-inf"))
+    least = importance.topk(count).values[..., -1:]
+    taken = importance >= least
+    if bool((taken.sum(-1) > count).any()):  # of those level with the least, the later ones
+        above, level = importance > least, importance == least
+        late = level.flip(-1).cumsum(-1).flip(-1) <= count - above.sum(-1, keepdim=True)
+        taken = above | level & late
+    places = taken.nonzero()[:, -1].reshape(*importance.shape[:-1], count)
+    return places.gather(-1, _descending(importance.gather(-1, places)))
 
 
 def _descending(importance: Tensor) -> Tensor:
@@ -175,20 +193,19 @@ def _allowed(q: Tensor, k: Tensor, call: Call, method: Selected) -> Tensor:
 def _gathered(
     q: Tensor, k: Tensor, v: Tensor, call: Call, method: Selected, choice: Choice
 ) -> Result:
-    q, k, v = without_padding(q, k, v, call)
-    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     b, h, n, d = q.shape
     keys, valid = _chosen_keys(choice, method.key_tile, b, h)  # (B,H,T,w)
-    rows = torch.arange(n, device=q.device).unflatten(0, (-1, method.query_tile))  # (T,t)
+    if call.query_padding is not None:
+        q = q.masked_fill(~call.query_padding[:, None, :, None], 0.0)
     pairs = call.frame(q, k).at(
         torch.arange(b, device=q.device)[:, None, None, None, None],
         torch.arange(h, device=q.device)[:, None, None, None],
-        rows[:, :, None],
+        torch.arange(n, device=q.device).unflatten(0, (-1, method.query_tile))[:, :, None],
         keys[..., None, :],
     )
     tiles = q.unflatten(2, (-1, method.query_tile))  # (B,H,T,t,D)
-    scores = tiles @ take_rows(k, keys).transpose(-1, -2)
-    scores = scores * scale_of(call, method.inner.scale, d)
+    products, near_v = _near(tiles, k, v, keys, call.padding)
+    scores = products * scale_of(call, method.inner.scale, d)
     if method.inner.key_bias is not None:
         bias = method.inner.key_bias.expand(b, h, -1)[..., None]  # (B,H,M,1)
         scores = scores + take_rows(bias, keys).transpose(-1, -2)
@@ -197,10 +214,29 @@ def _gathered(
     mask = call.visibility(method.inner.mask)
     visible = valid[..., None, :] if mask is None else valid[..., None, :] & mask.visible(pairs)
     weights, _ = normalised(scores, visible, inner.normalise, need_lse=False)
-    output = (weights @ take_rows(v, keys)).flatten(2, 3)
+    if near_v is None:
+        output = value_sums(weights[:, :, 0], v, keys)
+    else:
+        output = (weights @ near_v).flatten(2, 3)
     if call.query_padding is not None:
         output = output.masked_fill(~call.query_padding[:, None, :, None], 0.0)
     return Result(output)
+
+
+def _near(
+    tiles: Tensor, k: Tensor, v: Tensor, keys: Tensor, padding: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Products of queries (B,H,T,t,D) with their chosen keys (B,H,T,w), and the chosen values
+    (B,H,T,w,E); None where one query, as in decoding, reads them where they lie.
+    """
+    clean = padding is None or all_real(padding)
+    if clean and tiles.shape[2] == 1 and reads_for_one(tiles[:, :, 0], k, v):
+        return key_products(tiles[:, :, 0], k, keys[:, :, 0])[:, :, None], None
+    near_k, near_v = take_rows(k, keys), take_rows(v, keys)
+    if padding is not None and not clean:
+        gone = ~padding[torch.arange(len(padding), device=k.device)[:, None, None, None], keys]
+        near_k, near_v = (x.masked_fill(gone[..., None], 0.0) for x in (near_k, near_v))
+    return tiles @ near_k.transpose(-1, -2), near_v
 
 
 def _chosen_keys(choice: Choice, size: int, batch: int, heads: int) -> tuple[Tensor, Tensor]:
@@ -209,9 +245,3 @@ def _chosen_keys(choice: Choice, size: int, batch: int, heads: int) -> tuple[Ten
     keys = (choice.index[..., None] * size + offsets).flatten(-2)
     valid = choice.valid.repeat_interleave(size, -1)
     return keys.expand(batch, heads, -1, -1), valid.expand(batch, heads, -1, -1)
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B,H,M,D) at index (B,H,T,w) -> (B,H,T,w,D)."""
-    flat = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, flat).unflatten(2, tuple(index.shape[2:]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -135,6 +136,18 @@ def trimmed(cache: Keys, mask: Mask | None, seen: Tensor, heads: int, call: Call
     return Keys(
         cache.k[:, :, keep], cache.v[:, :, keep], cache.positions[:, keep], cache.real[:, keep]
     )
+
+
+def each_tensor(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A (nested) state with every tensor changed; each has a leading batch axis."""
+    if isinstance(state, Tensor):
+        return change(state)
+    if is_dataclass(state) and not isinstance(state, type):
+        parts = {f.name: each_tensor(getattr(state, f.name), change) for f in fields(state)}
+        return replace(state, **parts)
+    if isinstance(state, (list, tuple)):
+        return type(state)(each_tensor(part, change) for part in state)
+    return state
 
 
 def state_bytes(state: Any) -> int:

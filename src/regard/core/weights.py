@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.call import Call
@@ -16,8 +17,10 @@ from regard.core.errors import UnsupportedError
 from regard.core.frame import Pairs
 from regard.core.mask import Mask
 
-BlockBias = Callable[[Tensor, Pairs], Tensor]
-"""What a block of queries (B,h,n,D) adds to its scores with the keys of these pairs, (B,h,n,m)."""
+BlockBias = Callable[[Tensor, Pairs], tuple[int, Tensor]]
+"""What a block of queries (B,h,n,D) adds to its scores with the keys of these pairs: the number of
+the first key that gets anything, and what it and those after it get, (B,h,n,w).
+"""
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -92,7 +95,8 @@ def summed_bias(method: Scored, q: Tensor, pairs: Pairs | None) -> Tensor | None
     bias = None if method.key_bias is None else method.key_bias[..., None, :]
     if method.block_bias is None or pairs is None:
         return bias
-    own = method.block_bias(q, pairs)
+    first, own = method.block_bias(q, pairs)
+    own = F.pad(own, (first, pairs.key.shape[-1] - first - own.shape[-1]))
     return own if bias is None else own + bias
 
 

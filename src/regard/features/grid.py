@@ -111,6 +111,12 @@ class Tiling:
             padding = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device)
         return self.split(padding[..., None])[..., 0]
 
+    def means(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """Mean (B,T,C) of the real cells of each tile of x (B,h*w,C); zero where it has none."""
+        if real is None and self.full == self.grid and x.numel():
+            return to_tokens(F.avg_pool2d(to_image(x, self.grid), self.tile))
+        return tile_means(self.split(x), real)
+
 
 def tile_means(tiles: Tensor, real: Tensor | None) -> Tensor:
     """Mean (B,T,C) of the real cells of each tile (B,T,area,C); zero where a tile has none."""

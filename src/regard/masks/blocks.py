@@ -33,8 +33,10 @@ class Blocks(Mask):
 
     def visible(self, pairs: Pairs) -> Tensor:
         chart = F.pad(self.map, (0, 1, 0, 1))  # the last row and column: whatever lies beyond
-        row = (pairs.query // self.size).clamp_max(self.map.shape[2])
-        column = (pairs.key // self.size).clamp_max(self.map.shape[3])
+        row, column = (
+            torch.where(x < 0, beyond, (x // self.size).clamp(0, beyond))
+            for x, beyond in zip((pairs.query, pairs.key), self.map.shape[2:], strict=True)
+        )
         b = pairs.b if chart.shape[0] > 1 else torch.zeros_like(pairs.b)
         h = pairs.h if chart.shape[1] > 1 else torch.zeros_like(pairs.h)
         return chart[b, h, row, column]
@@ -50,7 +52,7 @@ class Blocks(Mask):
         h = torch.arange(sums.shape[1], device=sums.device)[:, None, None]
 
         def corner(row: Tensor, column: Tensor) -> Tensor:
-            return sums[b, h, row.clamp_max(rows), column.clamp_max(columns)]
+            return sums[b, h, row.clamp(0, rows), column.clamp(0, columns)]
 
         held = corner(bottom, right) - corner(top, right) - corner(bottom, left)
         held = held + corner(top, left)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from regard.core.mask import Both, Causal, Either, Mask
+from regard.masks.elastic import Elastic
 from regard.masks.power import PowerReach
 from regard.masks.sinks import Sinks
 
@@ -13,4 +14,4 @@ def hides_future(mask: Mask | None) -> bool:
         return hides_future(mask.left) or hides_future(mask.right)
     if isinstance(mask, Either):
         return hides_future(mask.left) and hides_future(mask.right)
-    return isinstance(mask, (Causal, Sinks, PowerReach))
+    return isinstance(mask, (Causal, Sinks, PowerReach, Elastic))

@@ -35,3 +35,7 @@ class Window(Mask):
         nearest = torch.maximum(tiles.query_low - tiles.key_high, tiles.key_low - tiles.query_high)
         farthest = torch.maximum(tiles.query_high - tiles.key_low, tiles.key_high - tiles.query_low)
         return nearest < self.size, farthest < self.size
+
+    @property
+    def by_distance(self) -> bool:
+        return True

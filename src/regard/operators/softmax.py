@@ -33,5 +33,5 @@ SOFTMAX_CARD = Card(
         "solves associative recall at every length",
         "regard compare --task recall --mechanisms softmax",
     ),
-    forms=("impl", ("dense", "sdpa", "tiled")),
+    forms=("impl", ("dense", "sdpa", "tiled", "split")),
 )

@@ -6,22 +6,26 @@ import torch
 from torch import Tensor
 
 
-def error(got: Tensor, expected: Tensor) -> float:
-    """Largest deviation relative to the largest expected magnitude (at least 1e-30); NaN counts as
-    infinite.
+def error(got: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """Largest deviation relative to the largest expected magnitude (at least `floor`); NaN counts
+    as infinite.
     """
     if got.shape != expected.shape:
         raise AssertionError(f"shape {tuple(got.shape)} where {tuple(expected.shape)} is expected")
     if got.numel() == 0:
         return 0.0
     wide_got, wide = got.detach().to(torch.float64), expected.detach().to(torch.float64)
-    worst = ((wide_got - wide).abs().max() / wide.abs().max().clamp_min(1e-30)).item()
+    worst = ((wide_got - wide).abs().max() / wide.abs().max().clamp_min(floor)).item()
     return worst if worst == worst else float("inf")
 
 
-def close(got: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
-    """Raise AssertionError unless the relative error stays within the tolerance."""
-    worst = error(got, expected)
+def close(
+    got: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9, floor: float = 1e-30
+) -> None:
+    """Raise AssertionError unless the error, relative to the largest expected magnitude but at
+    least to `floor`, stays within the tolerance.
+    """
+    worst = error(got, expected, floor)
     if not worst <= tolerance:
         raise AssertionError(f"{what}: relative error {worst:.2e} > {tolerance:.0e}")
 

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from regard.core.card import Card
-from regard.testing import behaviour, decoding, limits, masking, numerics, refusal
+from regard.testing import behaviour, decoding, executors, limits, masking, numerics, refusal
 
 
 @dataclass(frozen=True)
 class Check:
-    """One clause of the contract: `run` raises AssertionError (or any error) where it is broken."""
+    """One clause of the contract: `run` raises AssertionError (or any error) where it is broken.
+
+    slow: it takes many seconds for one card.
+    """
 
     run: Callable[[Card], None]
     applies: Callable[[Card], bool] = lambda card: True
+    slow: bool = False
 
 
 def _sequence(card: Card) -> bool:
@@ -46,7 +50,8 @@ CHECKS: dict[str, Check] = {
     "compiles": Check(numerics.compiles),
     "cost": Check(numerics.cost),
     "limits": Check(limits.limits, lambda c: bool(c.limits)),
-    "executors": Check(limits.executors),
+    "executors": Check(executors.executors),
+    "flex": Check(executors.flex, slow=True),
     "forms": Check(limits.forms, lambda c: c.forms is not None),
     "decode": Check(decoding.decode, _decodes),
     "decode_padding": Check(decoding.decode_padding, _decodes),

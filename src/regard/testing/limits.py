@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from regard.build import create
-from regard.core import scored
 from regard.core.card import Card, Limit, Pattern
 from regard.core.catalog import card as find
 from regard.testing.compare import close
@@ -41,8 +39,8 @@ def _coincides(card: Card, other: Card, limit: Limit, pattern: Pattern) -> None:
         state = ours.built.state_dict()
         theirs.built.load_state_dict(dict(limit.weights(state)) if limit.weights else state)
     inputs = ours.inputs()
-    got, got_gradients = _with_gradients(ours, inputs, {})
-    expected, expected_gradients = _with_gradients(theirs, inputs, dict(limit.other_call))
+    got, got_gradients = with_gradients(ours, inputs, {})
+    expected, expected_gradients = with_gradients(theirs, inputs, dict(limit.other_call))
     what = f"limit {limit.other}{dict(limit.options)}, {pattern}"
     close(got, expected, what)
     pairs = list(zip(got_gradients, expected_gradients, strict=False))[: len(inputs)]
@@ -58,7 +56,7 @@ def _alike(other: Card, card: Card) -> Card:
     return replace(other, example=example)
 
 
-def _with_gradients(
+def with_gradients(
     subject: Subject, inputs: list[Tensor], changes: dict[str, Any]
 ) -> tuple[Tensor, list[Tensor]]:
     """Output, and the gradients of inputs and parameters (zeros where there is none)."""
@@ -71,32 +69,17 @@ def _with_gradients(
     ]
 
 
-def executors(card: Card) -> None:
-    """Tiles and whole matrices give the same outputs and gradients, whatever the length."""
-    for pattern in card.patterns:
-        subject = Subject(card, pattern)
-        inputs = subject.inputs()
-        results = []
-        for tiled_from in (10**9, 1):
-            with mock.patch.object(scored, "TILED_FROM", tiled_from):
-                results.append(_with_gradients(subject, inputs, {}))
-        (whole, expected), (tiles, got) = results
-        close(tiles, whole, f"{pattern}, tiles against the whole matrix")
-        for index, (a, b) in enumerate(zip(got, expected, strict=True)):
-            close(a, b, f"{pattern}, tiles, gradient {index}", 1e-8)
-
-
 def forms(card: Card) -> None:
     """Every form gives the same outputs and gradients as the first, which is the definition."""
     assert card.forms is not None
     option, values = card.forms
     for pattern in card.patterns:
         inputs = Subject(card, pattern).inputs()
-        first, first_gradients = _with_gradients(
+        first, first_gradients = with_gradients(
             Subject(card, pattern, options={option: values[0]}), inputs, {}
         )
         for value in values[1:]:
-            got, gradients = _with_gradients(
+            got, gradients = with_gradients(
                 Subject(card, pattern, options={option: value}), inputs, {}
             )
             close(got, first, f"{pattern}, {option}={value} against {values[0]}")

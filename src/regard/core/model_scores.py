@@ -1,0 +1,40 @@
+"""A pretrained model's own scores as a mechanism of the library, so that any executor can run them
+through any mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.core.call import Call
+from regard.core.mask import Mask, both
+from regard.core.moment import Moment
+from regard.core.scored import attend
+from regard.core.weights import Scored
+
+
+def model_scored(at: Moment) -> Scored:
+    """Softmax over the model's scores: soft-capped and biased as the model does it."""
+    cap, bias = at.softcap, at.bias
+    if cap is None and bias is None:
+        return Scored()
+
+    def score(scores: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        if bias is not None:
+            b = b if bias.shape[0] > 1 else b * 0
+            h = h if bias.shape[1] > 1 else h * 0
+            scores = scores + bias[b, h, row, column]
+        return scores
+
+    return Scored(score=score, captures=() if bias is None else (bias,))
+
+
+def attend_through(at: Moment, call: Call, mask: Mask | None = None) -> Tensor:
+    """The model's attention (B,h,N,E) at a moment, further limited by a mask; `call` is the
+    moment's own.
+    """
+    call = call.but(mask=both(call.mask, mask))
+    return attend(at.q, at.k, at.v, call, model_scored(at)).output

@@ -1,0 +1,92 @@
+"""Observers: the weights of a scored mechanism, tile by tile, for whoever wants to look at rows of
+attention without an N x M matrix.
+
+A tile holds whole rows, so that every normaliser, a two-pass one included, has seen each row before
+it is handed out, in one sweep. What is longer than the workspace is cut into fewer rows, sequences
+and heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.core.boundary import check_qkv
+from regard.core.call import Call
+from regard.core.errors import ArgumentError
+from regard.core.scored import without_padding
+from regard.core.stacked import Unit, read_keys, read_queries
+from regard.core.unit import COPIES, WORKSPACE, Work, weights_of
+from regard.core.weights import Scored, scale_of
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Weights (b,h,n,m) of the queries `rows`, for these sequences and heads, on `keys` (a slice or
+    row indices); their weights on all other keys are zero.
+    """
+
+    batch: slice
+    heads: slice
+    rows: slice
+    keys: slice | Tensor
+    weights: Tensor
+
+
+@torch.no_grad()
+def observe(
+    q: Tensor, k: Tensor, call: Call, method: Scored, *, workspace: int = WORKSPACE
+) -> Iterator[Seen]:
+    """Weights of q (B,H,N,D) on k (B,H_k,M,D), without gradients, in no particular order.
+
+    Every row of every head comes at most once; one that does not come has only zeros. No tile needs
+    more than `workspace` bytes, its weights a small part of them.
+
+    Raises:
+        ArgumentError: shapes, dtypes or call fields that do not fit; a workspace too small for one
+            row.
+    """
+    check_qkv(q, k, k, call)
+    q, k, _ = without_padding(q, k, k, call)
+    group = q.shape[1] // k.shape[1]
+    scale = scale_of(call, method.scale, q.shape[-1])
+    mask = call.visibility(method.mask)
+    work = Work.of(call.frame(q, k), mask, method, scale, False, group, workspace)
+    bias = None if method.key_bias is None else method.key_bias[..., None]
+    for unit in _units(work, q.shape[0], workspace):
+        own = None if bias is None else read_keys(bias, unit, 1)
+        keys = read_keys(k, unit, group)
+        weights, _ = weights_of(work, unit, read_queries(q, unit), keys, own)
+        yield _seen(unit, weights, call)
+
+
+def _units(work: Work, batch: int, workspace: int) -> Iterator[Unit]:
+    """One tile at a time, for as many sequences and heads as fit."""
+    for stack in work.stacks:
+        most = workspace // (4 * COPIES * stack.height * stack.width)
+        if not most:
+            least = 4 * COPIES * stack.width
+            raise ArgumentError("workspace", f"at least {least} bytes, for one row", workspace)
+        for part in stack.in_heads(most, work.group):
+            size = max(1, most // part.span)
+            for tile in range(part.count):
+                for start in range(0, batch, size):
+                    rows = slice(start, min(start + size, batch))
+                    yield Unit(rows, part.tiles(tile, tile + 1))
+
+
+def _seen(unit: Unit, weights: Tensor, call: Call) -> Seen:
+    stack = unit.stack
+    heads = slice(stack.heads[0], stack.heads[0] + stack.span)
+    rows = slice(stack.rows[0], stack.rows[0] + stack.height)
+    if call.query_padding is not None:
+        gone = ~call.query_padding[unit.batch, None, rows, None]
+        weights = weights.masked_fill(gone, 0.0)
+    if isinstance(stack.keys, tuple):
+        return Seen(
+            unit.batch, heads, rows, slice(stack.keys[0], stack.keys[0] + stack.width), weights
+        )
+    return Seen(unit.batch, heads, rows, stack.key_index(weights.device)[0], weights)

@@ -1,0 +1,1 @@
+"""Hosts: one adapter per foreign library; the only modules that know one."""

@@ -1,0 +1,1 @@
+"""Training and distillation that need attention's insides, and how the pocket models were made."""

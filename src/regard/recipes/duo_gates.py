@@ -1,0 +1,164 @@
+r"""The recipe of DuoAttention's gates: which key heads of a frozen model need all of the past.
+
+    loss = mean over supervised tokens and channels of (h_full - h_gated)^2 + 0.05 mean |alpha|
+
+h are the hidden states after the last norm, once of the untouched model and once with every key
+head blended as `treatments.duo` says. Gates alpha (layers, key heads) start at 1 and are the only
+parameters; AdamW without weight decay, clamped to [0, 1] before each step. The published blend
+mixes the streaming output of the gated branch's own states with the full output of the untouched
+branch, which carries no gradient; "self" takes both from the gated branch's own states.
+
+The data must ask for what lies far back, at positions that are supervised:
+`regard.tasks.needle.Needle(1024, facts=10, asked=10).batches("train", 4)` for the pocket model.
+`regard.recipes.duo_plan` makes a plan of the gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.hosting import Host, host_of
+from regard.core.incoming import Chosen
+from regard.core.moment import Moment, Site
+from regard.core.treatment import Treatment
+from regard.tasks.task import IGNORED, Batch
+from regard.treatments.duo import check_stream, gated
+
+Blend = Literal["published", "self"]
+RATE, WARM_UP, LEAST = 0.02, 0.2, 0.1  # learning rate; share of steps up, and down; its floor
+PENALTY = 0.05  # weight of mean |alpha|
+
+
+@dataclass(frozen=True)
+class DuoGate(Treatment):
+    """Blend full and streaming attention, differentiable in alpha (layers, key heads). full: other
+    full outputs (B,h,N,E) by site, in place of the branch's own.
+    """
+
+    alpha: Tensor
+    sinks: int
+    recent: int
+    full: Mapping[str, Tensor] | None = None
+
+    def attention(self, at: Moment) -> Tensor:
+        full = None if self.full is None else self.full[at.site.name]
+        return gated(at, self.alpha, self.sinks, self.recent, full)
+
+
+@dataclass(frozen=True)
+class Recorded(Treatment):
+    """Leave what every head returns in `outputs`, by site."""
+
+    outputs: dict[str, Tensor]
+
+    def output(self, output: Tensor, at: Moment) -> Tensor:
+        self.outputs[at.site.name] = output.detach().clone()
+        return output
+
+
+@dataclass(frozen=True)
+class Moves:
+    """One step of training: its number, the distance of the hidden states, mean |alpha|."""
+
+    done: int
+    distance: float
+    open: float
+
+
+class GateTraining:
+    """Gates of a model under training.
+
+    Raises:
+        ArgumentError: sinks or recent out of range, a blend of another name.
+        UnsupportedError: a model that is not of transformers.
+    """
+
+    def __init__(
+        self, model: Any, *, sinks: int = 128, recent: int = 256, blend: Blend = "published"
+    ) -> None:
+        check_stream(sinks, recent)
+        if blend not in ("published", "self"):
+            raise ArgumentError("blend", "'published' or 'self'", blend)
+        self.model, self.blend = model, blend
+        self.sinks, self.recent = sinks, recent
+        self.host: Host = host_of(model)
+        if self.host.name != "transformers":
+            lacks = "its last hidden states are known of transformers models alone"
+            raise UnsupportedError(f"gates of {type(model).__name__}", lacks)
+        self.sites: list[Site] = [s for s in self.host.sites(model) if s.causal and not s.cross]
+        if not self.sites:
+            raise ArgumentError("model", "causal self-attention", type(model).__name__)
+        first = self.sites[0]
+        device = next(model.parameters()).device
+        self.alpha = torch.ones(first.layers, first.kv_heads, device=device, requires_grad=True)
+
+    def distance(self, batch: Batch) -> Tensor:
+        """Mean square difference of the last hidden states at supervised tokens."""
+        asked = batch.targets != IGNORED
+        if not bool(asked.any()):
+            raise ArgumentError("batch.targets", "some supervised token", "none")
+        outputs: dict[str, Tensor] = {}
+        with torch.no_grad():
+            wanted = self._hidden(batch.inputs, Recorded(outputs))[asked]
+        full = outputs if self.blend == "published" else None
+        treatment = DuoGate(self.alpha, self.sinks, self.recent, full)
+        found = self._hidden(batch.inputs, treatment)[asked]
+        precise = torch.promote_types(found.dtype, torch.float32)
+        return (found.to(precise) - wanted.to(precise)).square().mean()
+
+    def _hidden(self, ids: Tensor, treatment: Treatment) -> Tensor:
+        """Hidden states (B,N,C) after the last norm, under a treatment of every head."""
+        phases = frozenset(("prefill", "decode"))
+        steps = {
+            s.name: [Chosen(0, treatment, tuple(range(s.heads)), phases)]  # type: ignore[arg-type]
+            for s in self.sites
+        }
+        with self.host.run(self.model, steps):
+            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def run(
+        self,
+        batches: Iterator[Batch],
+        steps: int,
+        watch: Callable[[Moves], None] = lambda _: None,
+    ) -> Tensor:
+        """Train for some steps; the gates (layers, key heads), clamped to [0, 1]."""
+        optimiser = torch.optim.AdamW([self.alpha], RATE, weight_decay=0.0)
+        with _frozen(self.model):
+            for done in range(steps):
+                with torch.no_grad():
+                    self.alpha.clamp_(0, 1)
+                distance, opened = self.distance(next(batches)), self.alpha.abs().mean()
+                optimiser.param_groups[0]["lr"] = RATE * _factor(done, steps)
+                optimiser.zero_grad()
+                (distance + PENALTY * opened).backward()
+                optimiser.step()
+                watch(Moves(done + 1, distance.item(), opened.item()))
+        return self.alpha.detach().clamp(0, 1)
+
+
+def _factor(done: int, steps: int) -> float:
+    """What the learning rate is multiplied by: up, level, down."""
+    ramp = max(1, int(steps * WARM_UP))
+    return min(1.0, max((done + 1) / ramp, LEAST), max((steps - done) / ramp, LEAST))
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """The model in evaluation mode and without gradients; afterwards as before."""
+    training = model.training
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for p in learning:
+            p.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""Treatments: what a plan can do to chosen heads, one idea per file."""
