@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VISION := $(VENV)/vision
+OLDEST := .venv-oldest
 THREADS ?= 2
 BENCH ?= runs/bench/$(shell date +%F)
 
-.PHONY: venv demo test test-all check format mutants docs bench clean
+.PHONY: venv demo test test-all test-oldest check format mutants docs support bench clean
 
 venv: $(VENV)/.ready
 
@@ -13,6 +15,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,plot,images,triton]"
+	# timm needs torchvision, whose compiled operators there may be no build of: kept apart
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VISION) --upgrade \
+	  -c constraints.txt timm torchvision
 	touch $@
 
 demo: venv
@@ -20,11 +25,22 @@ demo: venv
 	  --threads $(THREADS) --out runs/demo
 
 test: venv
-	$(BIN)/python -m pytest -n $(THREADS) -m "not slow"
+	REGARD_VISION=$(VISION) $(BIN)/python -m pytest -n $(THREADS) -m "not slow"
 
-test-all: venv
-	$(BIN)/python -m pytest -n $(THREADS)
+test-all: venv test-oldest
+	REGARD_VISION=$(VISION) $(BIN)/python -m pytest -n $(THREADS)
 	$(MAKE) mutants
+
+# Plans on the oldest transformers they support; `make test` has the newest.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n $(THREADS) tests/test_support.py tests/test_plans.py \
+	  tests/test_treatments.py
+
+$(OLDEST)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints.txt -e ".[test]" transformers==5.2.0
+	touch $@
 
 check: venv
 	$(BIN)/ruff format --check .
@@ -42,10 +58,16 @@ docs: venv
 	$(BIN)/python -c "from pathlib import Path; \
 	from regard.report.methods import write_pages; write_pages(Path('.'))"
 
+support: venv
+	REGARD_SUPPORT=docs/support.md REGARD_VISION=$(VISION) $(BIN)/python -m pytest -q \
+	  tests/test_support.py
+
 bench: venv
 	$(BIN)/regard bench targets --threads $(THREADS) --out $(BENCH)
-	$(BIN)/regard bench speed --lengths 256..4096 --budget 0.3 --cap 0.5 --threads $(THREADS) \
-	  --out $(BENCH) --publish benchmarks/results
+	$(BIN)/regard bench memory --cap 3 --threads $(THREADS) --out $(BENCH)
+	$(BIN)/regard bench speed --budget 0.25 --cap 1 --threads $(THREADS) --out $(BENCH)
+	$(BIN)/regard bench decode --budget 0.3 --fill 3 --threads $(THREADS) --out $(BENCH) \
+	  --publish benchmarks/results
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) $(OLDEST) runs build dist

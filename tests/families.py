@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,12 +117,15 @@ def qwen2_5_vl() -> Built:
         video_token_id=4,
     )
     tokens = torch.cat([torch.tensor([[2, 3, 3, 3, 3, 1]]), ids(12)], 1)
-    return t.Qwen2_5_VLForConditionalGeneration(config).eval(), {
+    model = t.Qwen2_5_VLForConditionalGeneration(config).eval()
+    inputs = {
         "input_ids": tokens,
         "pixel_values": torch.randn(16, 3 * 2 * 8 * 8),
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
-        "mm_token_type_ids": (tokens == 3).long(),
     }
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (tokens == 3).long()
+    return model, inputs
 
 
 def whisper() -> Built:

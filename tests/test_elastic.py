@@ -99,8 +99,8 @@ def test_a_step_of_several_tokens_sees_what_single_steps_see(
 
 def test_a_window_decodes_as_it_reads() -> None:
     """Sinks and window over the prompt, too: decoding is one forward over everything."""
-    from regard.testing.tiny import prompt
     from regard.testing.patient import STEPS, Patient
+    from regard.testing.tiny import prompt
 
     patient = Patient(treatments()["stream"])
     plan = patient.plan({"sinks": 2, "recent": 6, "window": True})

@@ -97,9 +97,7 @@ def test_fewer_bits_err_more() -> None:
     exact = softmax(q, k, v, Call()).output
     call, errors = Call(grid=GRID, prefix=2), []
     for bits in (4, 8, 12):
-        got = paro(
-            q, k, v, call, orders=1, density=1.0, bits=bits, weight_bits=bits, block=4
-        ).output
+        got = paro(q, k, v, call, orders=1, density=1.0, bits=(bits, bits), block=4).output
         errors.append((got - exact).abs().max().item())
     assert errors[0] > 4 * errors[1] > 16 * errors[2]
     assert errors[2] < 1e-2

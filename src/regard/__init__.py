@@ -12,6 +12,7 @@ _HOMES = {
     "Call": "regard.core.call",
     "Causal": "regard.core.mask",
     "Document": "regard.masks.document",
+    "Plan": "regard.plan",
     "Result": "regard.core.call",
     "Sinks": "regard.masks.sinks",
     "UnknownNameError": "regard.core.errors",
@@ -22,14 +23,19 @@ _HOMES = {
     "create": "regard.build",
     "explain": "regard.core.scored",
     "merge": "regard.core.merge",
+    "treatment": "regard.core.catalog",
+    "treatment_cards": "regard.core.catalog:treatments",
 }
 
 if TYPE_CHECKING:
+    from regard import pocket as pocket
     from regard.build import create as create
     from regard.core.call import Call as Call
     from regard.core.call import Result as Result
     from regard.core.catalog import card as card
     from regard.core.catalog import cards as cards
+    from regard.core.catalog import treatment as treatment
+    from regard.core.catalog import treatments as treatment_cards  # noqa: F401 (another name)
     from regard.core.errors import ArgumentError as ArgumentError
     from regard.core.errors import UnknownNameError as UnknownNameError
     from regard.core.errors import UnsupportedError as UnsupportedError
@@ -39,13 +45,20 @@ if TYPE_CHECKING:
     from regard.masks.document import Document as Document
     from regard.masks.sinks import Sinks as Sinks
     from regard.masks.window import Window as Window
+    from regard.plan import Plan as Plan
+
+
+_ROOMS = ("pocket",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"regard.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'regard' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home, _, renamed = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(home), renamed or name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "__version__"])
+    return sorted([*_HOMES, *_ROOMS, "__version__"])

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.bench.clock import clocked
 from regard.bench.gate import LENGTH, judged
 from regard.bench.probes import STANDARD, Found, passed, timed_fields
 from regard.bench.rivals import Rivals
-from regard.bench.sweep import clocked
 from regard.bench.timing import Pace
 from regard.core.call import Call
 from regard.core.scored import Impl, attend

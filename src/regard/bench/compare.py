@@ -15,7 +15,7 @@ from regard.bench.spec import Spec
 from regard.bench.store import Store
 from regard.bench.study import Study
 from regard.bench.training import Moment, run_trial
-from regard.bench.trial import TrialConfig
+from regard.bench.trial import Trial, TrialConfig
 from regard.core.errors import ArgumentError, RegardError
 from regard.tasks.catalog import task as task_named
 from regard.tasks.task import Task
@@ -56,15 +56,15 @@ def compare(study: Study, out: Path, *, command: str = "", watch: Watch = unwatc
     task = task_named(study.task.name, **study.task.options)
     for spec in study.mechanisms:
         check_mechanism(spec, study, task)
-    store = Store(out)
+    store = Store(out / "trials", Trial)
     result = out / "comparison.json"
     if result.exists():
         read_record(result, Comparison)
     configs = study.trials
-    done = sum(config.id in store.trials for config in configs)
+    done = sum(config.id in store.records for config in configs)
     watch(Progress(done, len(configs)))
     for config in configs:
-        if config.id in store.trials:
+        if config.id in store.records:
             continue
 
         def tell(moment: Moment, done: int = done, config: TrialConfig = config) -> None:
@@ -74,7 +74,7 @@ def compare(study: Study, out: Path, *, command: str = "", watch: Watch = unwatc
         store.add(run_trial(config, task, tell))
         done += 1
     watch(Progress(done, len(configs)))
-    trials = [store.trials[config.id] for config in configs]
+    trials = [store.records[config.id] for config in configs]
     comparison = compared(study, task, trials, command)
     write_json(result, comparison)
     return comparison

@@ -1,5 +1,5 @@
-"""Peak memory: one call in a fresh process, its high-water mark against what inputs and parameters
-already took.
+"""Peak memory: one call in a process that does nothing else, its high-water mark against what
+inputs and parameters already took; and how long the call was.
 
 Resident pages count everything: tensors, and what libraries set aside for themselves.
 """
@@ -10,9 +10,13 @@ import ctypes
 import multiprocessing
 import os
 import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from regard.bench.record import Record
 from regard.bench.rivals import Mode, Setting
@@ -20,7 +24,8 @@ from regard.bench.spec import Spec
 from regard.core.errors import RegardError
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-SMALL = 64  # tokens of the call that loads libraries and starts threads, before the mark is set
+SMALL = 600  # tokens of the call that loads libraries and starts threads, before the mark is set
+SMALL_SIDE = 24
 
 
 class FootprintError(RegardError, RuntimeError):
@@ -38,39 +43,55 @@ class Job(Record):
     baseline: bool = False
 
 
-def peak_bytes(job: Job) -> int:
-    """Extra bytes at the peak of the call, measured in a process of its own.
+class Footprint(NamedTuple):
+    """Extra bytes at the peak of a call, and the seconds that one call took."""
 
-    Raises:
-        FootprintError: the call failed there, or the system ended the process.
-    """
+    bytes: int
+    seconds: float
+
+
+@contextmanager
+def fresh_process() -> Iterator[ProcessPoolExecutor]:
+    """A process that weighs calls one after the other, and starts with the first."""
     known = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     if "forkserver" in known:
         context.set_forkserver_preload(["regard.bench.rivals"])
     with ProcessPoolExecutor(1, mp_context=context) as fresh:
-        try:
-            found = fresh.submit(measured, job).result()
-        except BrokenProcessPool as error:
-            reason = "the system ended the process, most likely for want of memory"
-            raise FootprintError(reason) from error
+        yield fresh
+
+
+def footprint(job: Job, process: ProcessPoolExecutor | None = None) -> Footprint:
+    """Extra bytes at the peak of the call, measured in a process of its own, or in that one.
+
+    Raises:
+        FootprintError: the call failed there, or the system ended the process.
+    """
+    if process is None:
+        with fresh_process() as fresh:
+            return footprint(job, fresh)
+    try:
+        found = process.submit(measured, job).result()
+    except BrokenProcessPool as error:
+        reason = "the system ended the process, most likely for want of memory"
+        raise FootprintError(reason) from error
     if isinstance(found, str):
         raise FootprintError(found)
     return found
 
 
-def measured(job: Job) -> int | str:
-    """Extra bytes at the peak of the call in this process, or why there are none."""
+def measured(job: Job) -> Footprint | str:
+    """The footprint of the call in this process, or why there is none."""
     from regard.bench.sweep import FAILURES, told
 
     try:
-        return extra_bytes(job)
+        return measured_here(job)
     except FAILURES as error:
         return told(error)
 
 
-def extra_bytes(job: Job) -> int:
-    """Extra bytes at the peak of the call in this process, which should do nothing else."""
+def measured_here(job: Job) -> Footprint:
+    """The footprint of the call in this process, which should do nothing else."""
     import gc
 
     import torch
@@ -79,17 +100,17 @@ def extra_bytes(job: Job) -> int:
     from regard.bench.rivals import rivals
 
     torch.set_num_threads(job.threads)
-    small = tuple(min(side, SMALL if len(job.size) == 1 else 8) for side in job.size)
+    small = tuple(min(side, SMALL if len(job.size) == 1 else SMALL_SIDE) for side in job.size)
     with memory_limited():
         rivals(job.spec, small, job.setting).works(job.mode)[job.baseline]()
         work = rivals(job.spec, job.size, job.setting).works(job.mode)[job.baseline]
         gc.collect()
         _trim()
-        before = _reset()
+        before, started = _reset(), time.perf_counter()
         kept = work()
-        after = _high_water()
+        seconds, after = time.perf_counter() - started, _high_water()
         del kept
-    return max(after - before, 0)
+    return Footprint(max(after - before, 0), seconds)
 
 
 def _trim() -> None:

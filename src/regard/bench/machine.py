@@ -1,15 +1,20 @@
-"""What a result was made with: versions and hardware."""
+"""What a result was made with: versions, hardware and command, in terms that name no one's machine:
+no host, no kernel build, no folder outside the working one.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import regard
 from regard.bench.record import Record
+
+MEMORY_SHARE = 0.75
 
 
 class Versions(Record):
@@ -22,12 +27,15 @@ class Versions(Record):
 
 
 class Hardware(Record):
-    """The machine: `cores` it offers this process, `threads` torch uses, `device` that trained."""
+    """The machine: its family of systems and of processors, `cores` it offers this process, main
+    memory, `threads` torch uses, `device` that trained.
+    """
 
-    platform: str
+    system: str
     machine: str
     processor: str
     cores: int
+    memory_gib: int | None
     threads: int
     device: str
 
@@ -49,14 +57,32 @@ def hardware(device: str = "cpu") -> Hardware:
     """The machine this process runs on."""
     import torch
 
+    total = memory()
     return Hardware(
-        platform=platform.platform(),
+        system=platform.system(),
         machine=platform.machine(),
         processor=_processor(),
         cores=cores(),
+        memory_gib=None if total is None else round(total / 2**30),
         threads=torch.get_num_threads(),
         device=device,
     )
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command `regard …` with these arguments, as it is told: absolute paths below the working
+    folder are relative to it, of others the last part remains.
+    """
+    return shlex.join(["regard", *(_told(argument) for argument in arguments)])
+
+
+def _told(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    here = Path.cwd()
+    return option + equals + str(path.relative_to(here) if path.is_relative_to(here) else path.name)
 
 
 def cores() -> int:
@@ -79,21 +105,26 @@ def load() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
+def memory_limit(share: float = MEMORY_SHARE) -> int | None:
+    """Bytes of main memory that a measurement may use, None where the system does not tell."""
+    total = memory()
+    return None if total is None else int(share * total)
+
+
 @contextmanager
-def memory_limited(share: float = 0.75) -> Iterator[None]:
+def memory_limited(share: float = MEMORY_SHARE) -> Iterator[None]:
     """Inside, asking for more than a share of the main memory raises an error, where the system
     can say so, instead of ending the process.
     """
-    total = memory()
+    wanted = memory_limit(share)
     try:
         import resource
     except ImportError:
         resource = None
-    if resource is None or total is None:
+    if resource is None or wanted is None:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = int(share * total)
     hard = before[1]
     resource.setrlimit(
         resource.RLIMIT_DATA,

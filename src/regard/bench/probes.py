@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 import torch
 
+from regard.bench.clock import clocked
 from regard.bench.decode import clocked as decode_clocked
 from regard.bench.decode import operator_ready
-from regard.bench.footprint import Job, peak_bytes
+from regard.bench.footprint import Job, footprint
 from regard.bench.gate import Gate, gate, judged
 from regard.bench.rivals import Mode, Setting, option_choices, rivals
 from regard.bench.spec import Spec
-from regard.bench.sweep import clocked
 from regard.bench.timing import Pace, interleaved, ratio, spread
 from regard.build import create
 from regard.core.catalog import card
@@ -172,7 +172,7 @@ class Peak:
             setting=STANDARD,
             threads=torch.get_num_threads(),
         )
-        return Found(peak_bytes(job) / MIB, {})
+        return Found(footprint(job).bytes / MIB, {})
 
 
 @dataclass(frozen=True)
@@ -200,18 +200,6 @@ class ReadShare:
             found = decode_clocked(ready, STANDARD, pace)
         more = {"seconds": found["seconds"], "fraction": found["fraction"], "gate": checked}
         return Found(found["fraction"], more)
-
-
-@dataclass(frozen=True)
-class Absent:
-    """Something that cannot be measured yet, and why."""
-
-    unit: str
-    reason: str
-    setting: str = ""
-
-    def measure(self, pace: Pace) -> Found:
-        raise Missing(self.reason)
 
 
 def passed(what: str, found: Gate) -> Gate:

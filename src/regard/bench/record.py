@@ -4,6 +4,7 @@ all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -29,6 +30,12 @@ class Record(BaseModel):
 
 
 R = TypeVar("R", bound=Record)
+
+
+def digest(value: Record) -> str:
+    """A stable name: the same record has the same one on every machine."""
+    text = json.dumps(value.plain(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextmanager

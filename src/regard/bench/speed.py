@@ -33,8 +33,9 @@ class Session(Record):
 
 class Outcome(Record):
     """What every measurement says. status: "measured"; "wrong" (the gate caught it, so it was not
-    timed), "failed" (it raised an error) or "stopped" (left out, because a shorter input already
-    took too long), each with its reason. session: index of the run that made it.
+    timed), "failed" (it raised an error) or "stopped" (left out, because by what shorter inputs
+    took it would be too long or too large), each with its reason. session: index of the run that
+    made it.
     """
 
     mechanism: Spec
@@ -67,8 +68,8 @@ class TimePoint(Outcome):
 
 
 class MemoryPoint(Outcome):
-    """Peak extra memory of one call in a fresh process, beyond inputs and parameters, outputs (and
-    gradients) included; the rival's likewise.
+    """Peak extra memory of one call in its own process, beyond inputs and parameters, outputs (and
+    gradients) included; the rival's likewise. seconds: what that one call took.
     """
 
     mode: Mode
@@ -76,6 +77,7 @@ class MemoryPoint(Outcome):
     tokens: PositiveInt
     peak_bytes: NonNegativeInt | None = None
     baseline_bytes: NonNegativeInt | None = None
+    seconds: NonNegativeFloat | None = None
 
 
 class DecodePoint(Outcome):

@@ -1,49 +1,55 @@
-"""The result folder: OUT/trials/<id>.json for every finished trial, OUT/comparison.json for the
-whole.
-"""
+"""A folder of results: one file <id>.json for every finished record of one kind."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from regard.bench.record import read_record, write_json
-from regard.bench.trial import Trial
+from regard.bench.record import Record, read_record, write_json
 from regard.core.errors import ArgumentError
 
+R = TypeVar("R", bound=Record)
 
-class Store:
-    """Finished trials of a result folder, read once and added to.
 
-    A trial is written only when it is finished and in one step, so whatever ends the process costs
-    the running trial and no other.
+class Store(Generic[R]):
+    """Finished records of a result folder, read once and added to. Each record's `config.id` is its
+    name, so its kind has such a field.
+
+    A record is written only when it is finished and in one step, so whatever ends the process costs
+    the running one and no other.
 
     Raises:
-        ArgumentError: `out` is no folder or cannot be made, or OUT/trials holds anything but
-            trials; the file is named.
+        ArgumentError: the folder, or the one that holds it, is no folder or cannot be made, or it
+            holds anything but records of this kind; the file is named.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.folder = out / "trials"
-        for place in (out, self.folder):
+    def __init__(self, folder: Path, kind: type[R]) -> None:
+        self.folder, self.kind = folder, kind
+        for place in (folder.parent, folder):
             _check_folder(place)
-        self.trials = {trial.config.id: trial for trial in self._stored()}
+        self.records: dict[str, R] = {_id(record): record for record in self._stored()}
 
-    def _stored(self) -> Iterator[Trial]:
+    def _stored(self) -> Iterator[R]:
         for path in sorted(self.folder.iterdir()):
             if path.name.endswith(".json.part"):  # left by a process that ended while writing
                 continue
             if path.suffix != ".json" or not path.is_file():
-                raise ArgumentError(str(path), "only trial files in a trials folder", "another")
-            trial = read_record(path, Trial)
-            if trial.config.id != path.stem:
-                raise ArgumentError(str(path), f"the name {trial.config.id}.json", path.name)
-            yield trial
+                expected = f"only {self.kind.__name__} records in this folder"
+                raise ArgumentError(str(path), expected, "another file")
+            record = read_record(path, self.kind)
+            if _id(record) != path.stem:
+                raise ArgumentError(str(path), f"the name {_id(record)}.json", path.name)
+            yield record
 
-    def add(self, trial: Trial) -> None:
-        """Keep a finished trial."""
-        write_json(self.folder / f"{trial.config.id}.json", trial)
-        self.trials[trial.config.id] = trial
+    def add(self, record: R) -> None:
+        """Keep a finished record."""
+        write_json(self.folder / f"{_id(record)}.json", record)
+        self.records[_id(record)] = record
+
+
+def _id(record: Any) -> str:
+    return record.config.id
 
 
 def _check_folder(place: Path) -> None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from regard.bench.book import Book
 from regard.bench.gate import Gate, gate
+from regard.bench.growth import Known
 from regard.bench.machine import memory_limited
 from regard.bench.rivals import Mode, rivals, size_for
-from regard.bench.roof import PROBE_FLOPS, matmul_probe
 from regard.bench.spec import Spec
 from regard.bench.speed import Status, TimePoint
-from regard.bench.timing import Pace, Work, interleaved, rate, ratio, spread
+from regard.bench.timing import Pace
+from regard.bench.yardstick import Yardsticks
 from regard.build import layer_options
 from regard.core.catalog import card, cards
-from regard.core.count import count_flops
 from regard.core.errors import RegardError, UnknownNameError
 
 FAILURES = (
@@ -35,7 +34,9 @@ FAILURES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What to sweep. cap: seconds of one call beyond which longer inputs are left out."""
+    """What to sweep. cap: seconds of one call beyond which longer inputs are left out, as are those
+    whose call is foreseen to be longer.
+    """
 
     specs: tuple[Spec, ...]
     lengths: tuple[int, ...]
@@ -79,9 +80,10 @@ def sweep(plan: Plan, book: Book, watch: Watch) -> None:
     check_specs(plan.specs)
     held = {(p.mechanism.label, p.mode, p.length): p for p in book.speed.times}
     total, done = len(plan.specs) * len(plan.modes) * len(plan.lengths), 0
+    yardsticks = Yardsticks.from_points(book.speed.times)
     for spec in plan.specs:
         for mode in plan.modes:
-            line = _Line(spec, mode, plan, book)
+            line = _Line(spec, mode, plan, book, yardsticks)
             for length in sorted(plan.lengths):
                 watch(Progress(done, total, f"{spec.label}, {mode}, N={length}"))
                 point = held.get((spec.label, mode, length))
@@ -94,21 +96,28 @@ def sweep(plan: Plan, book: Book, watch: Watch) -> None:
 
 
 class _Line:
-    """One mechanism in one mode, from short to long inputs."""
+    """One mechanism in one mode, from short inputs to long ones."""
 
-    def __init__(self, spec: Spec, mode: Mode, plan: Plan, book: Book) -> None:
-        self.spec, self.plan, self.book = spec, plan, book
+    def __init__(
+        self, spec: Spec, mode: Mode, plan: Plan, book: Book, yardsticks: Yardsticks
+    ) -> None:
+        self.spec, self.plan, self.book, self.yardsticks = spec, plan, book, yardsticks
         self.mode: Mode = mode
         self.gate: Gate | None = None
-        self.ends = ""  # why longer inputs are left out
+        self.known = Known(
+            peaks={
+                point.tokens: float(point.peak_bytes)
+                for point in book.speed.memory
+                if (point.mechanism, point.mode) == (spec, mode) and point.peak_bytes
+            }
+        )
 
     def look(self, point: TimePoint) -> None:
         """Learn from a point whether longer inputs can be measured."""
         if point.status == "failed":
-            self.ends = f"it failed at {point.length}"
-        elif point.seconds is not None and point.seconds.median > self.plan.cap:
-            took = f"{point.seconds.median:.2g} s at {point.length}"
-            self.ends = f"took {took}, over the cap of {self.plan.cap:g} s"
+            self.known.failed = point.length
+        elif point.seconds is not None:
+            self.known.seconds[point.tokens] = point.seconds.median
 
     def measured(self, length: int) -> TimePoint:
         """The point at a length; whatever goes wrong with the mechanism becomes its status."""
@@ -118,7 +127,7 @@ class _Line:
             mechanism=self.spec,
             family=entry.family,
             status="stopped",
-            reason=self.ends,
+            reason=self.known.ends(math.prod(size), self.plan.cap),
             session=self.book.session,
             mode=self.mode,
             length=length,
@@ -126,7 +135,7 @@ class _Line:
             grid=size if len(size) > 1 else None,
             causal=entry.causal and len(size) == 1,
         )
-        if self.ends:
+        if blank.reason:
             return blank
         with memory_limited():
             try:
@@ -141,44 +150,16 @@ class _Line:
         if not self.gate.passed:
             wrong = _with_status(blank, "wrong", "it differs from its own truth")
             return wrong.model_copy(update={"gate": self.gate})
-        works = rivals(self.spec, size, setting).works(self.mode)
-        return blank.model_copy(
-            update={"status": "measured", "gate": self.gate, **clocked(works, self.plan.pace)}
-        )
-
-
-def clocked(works: tuple[Work, Work], pace: Pace) -> dict[str, Any]:
-    """Times of a mechanism and its rival, with a matrix product timed in turn as their roof."""
-    flops: list[int] = []
-    probe = matmul_probe()
-    counting = [*(_counted(work, flops) for work in works), probe]
-    own, baseline, products = interleaved([*works, probe], pace, warm_up=counting)
-    roof = rate(PROBE_FLOPS, products)
-    return {
-        "seconds": spread(own),
-        "baseline_seconds": spread(baseline),
-        "speedup": ratio(baseline, own),
-        "flops": flops[0],
-        "fraction": rate(flops[0], own) / roof,
-        "baseline_fraction": rate(flops[1], baseline) / roof,
-    }
+        found = rivals(self.spec, size, setting)
+        shape = (card(self.spec.name).kind, found.causal, len(size), self.mode)
+        times = self.yardsticks.clocked(found, shape, self.plan.pace)
+        return blank.model_copy(update={"status": "measured", "gate": self.gate, **times})
 
 
 def told(error: Exception) -> str:
     """The first line of an error, as a reason; one not made on purpose with its type."""
     first = str(error).splitlines()[0] if str(error) else ""
     return first if isinstance(error, RegardError) else f"{type(error).__name__}: {first}"
-
-
-def _counted(work: Work, flops: list[int]) -> Work:
-    """A call that also appends its operations to a list."""
-
-    def counting() -> None:
-        with count_flops() as counted:
-            work()
-        flops.append(counted.flops)
-
-    return counting
 
 
 def _with_status(point: TimePoint, status: Status, reason: str) -> TimePoint:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from regard.bench.machine import Hardware, Versions
-from regard.bench.record import Record
+from regard.bench.record import Record, digest
 from regard.bench.spec import Spec
 from regard.core.errors import ArgumentError
 
@@ -69,8 +67,7 @@ class TrialConfig(Record):
     @property
     def id(self) -> str:
         """A stable name: the same config has the same id on every machine."""
-        text = json.dumps(self.plain(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(self)
 
 
 class Point(Record):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +32,9 @@ Modes = Annotated[str, typer.Option("--mode", help="forward, backward (after a f
 Out = Annotated[Path, typer.Option(help="folder of results; one that exists is resumed")]
 Threads = Annotated[int | None, typer.Option(min=1, help="processor threads [all cores]")]
 Budget = Annotated[float, typer.Option(help="seconds of rounds per point")]
+Cap = Annotated[
+    float, typer.Option(help="seconds of one call beyond which longer inputs are left out")
+]
 Quiet = Annotated[bool, typer.Option("--no-progress", help="draw no progress bar")]
 Publish = Annotated[
     Path | None, typer.Option(help="folder for a copy named after the day and the machine")
@@ -59,7 +61,7 @@ def speed(
     out: Out = OUT,
     threads: Threads = None,
     budget: Budget = 1.0,
-    cap: Annotated[float, typer.Option(help="seconds of a call that end a sweep")] = 2.0,
+    cap: Cap = 2.0,
     publish: Publish = None,
     no_progress: Quiet = False,
 ) -> None:
@@ -80,21 +82,22 @@ def speed(
 @bench.command()
 def memory(
     mechanisms: Mechanisms = None,
-    lengths: Lengths = "1024,4096,16384",
+    lengths: Lengths = "512,2048,8192,32768",
     mode: Modes = MODES,
     out: Out = OUT,
     threads: Threads = None,
+    cap: Cap = 4.0,
     publish: Publish = None,
     no_progress: Quiet = False,
 ) -> None:
-    """Weigh the peak memory of one call, each in a fresh process, beside SDPA's.
+    """Weigh the peak memory of one call, in a process of its own, beside SDPA's.
 
     Example: regard bench memory --mechanisms sigmoid --lengths 4096,32768 --mode forward
     """
     from regard.bench.memory import sweep_memory
     from regard.cli.bench_tables import memory_table
 
-    plan = _plan(mechanisms, lengths, mode, 1.0, 1.0)
+    plan = _plan(mechanisms, lengths, mode, 1.0, cap)
     run = _Run(out, threads, publish, no_progress)
     run.measure(lambda book, watch: sweep_memory(plan, book, watch), memory_table)
 
@@ -166,13 +169,14 @@ class _Run:
         import torch
 
         from regard.bench.book import Book
+        from regard.bench.machine import command
         from regard.bench.rivals import Setting
         from regard.cli.bench_bar import points_bar
         from regard.report.speed import write_speed
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        book = Book(self.out, Setting(), shlex.join(["regard", *sys.argv[1:]]))
+        book = Book(self.out, Setting(), command(sys.argv[1:]))
         try:
             with points_bar(not self.no_progress) as watch:
                 measurement(book, watch)

@@ -55,7 +55,8 @@ def memory_table(speed: Speed) -> Table:
             continue
         last = max(weighed, key=lambda point: point.length)
         summary = found[name, "forward memory" if first.mode == "forward" else "backward memory"]
-        sizes = (byte_size(last.peak_bytes or 0), byte_size(last.baseline_bytes or 0))
+        rival = last.baseline_bytes
+        sizes = (byte_size(last.peak_bytes or 0), NONE if rival is None else byte_size(rival))
         table.add_row(name, first.mode, summary.text, str(last.length), *sizes, _why(group))
     return table
 

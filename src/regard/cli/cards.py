@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
-from regard.core.card import Card
+from regard.core.card import Card, Golden, Paper
 
 
 def card_record(card: Card) -> dict[str, Any]:
@@ -16,15 +17,13 @@ def card_record(card: Card) -> dict[str, Any]:
         "family": card.family,
         "summary": card.summary,
         "formula": card.doc,
-        "papers": [
-            {"title": p.title, "arxiv": p.arxiv, "year": p.year, "url": p.url} for p in card.papers
-        ],
+        "papers": paper_records(card.papers),
         "patterns": list(card.patterns),
         "grids": list(card.grids),
         "cost": {"time": card.cost.time, "state": card.cost.state},
         "options": {name: option_record(p) for name, p in card.options.items()},
         "evidence": card.evidence,
-        "goldens": [{"file": g.file, "source": g.source, "commit": g.commit} for g in card.goldens],
+        "goldens": golden_records(card.goldens),
         "limits": [
             {
                 "options": _plain(limit.options),
@@ -38,6 +37,16 @@ def card_record(card: Card) -> dict[str, Any]:
         "deviations": list(card.deviations),
         "gaps": dict(card.gaps),
     }
+
+
+def paper_records(papers: Iterable[Paper]) -> list[dict[str, Any]]:
+    """Papers, JSON-ready."""
+    return [{"title": p.title, "arxiv": p.arxiv, "year": p.year, "url": p.url} for p in papers]
+
+
+def golden_records(goldens: Iterable[Golden]) -> list[dict[str, Any]]:
+    """Goldens, JSON-ready."""
+    return [{"file": g.file, "source": g.source, "commit": g.commit} for g in goldens]
 
 
 def option_record(parameter: inspect.Parameter) -> dict[str, Any]:

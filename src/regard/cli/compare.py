@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,13 +98,13 @@ class Compare(Record):
         import torch
 
         from regard.bench.compare import compare
+        from regard.bench.machine import command
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        command = shlex.join(["regard", *sys.argv[1:]])
         try:
             with progress_bar(not self.no_progress) as watch:
-                return compare(study, self.out, command=command, watch=watch)
+                return compare(study, self.out, command=command(sys.argv[1:]), watch=watch)
         except KeyboardInterrupt:
             notice(f"stopped; finished trials are in {self.out}, the same command resumes")
             raise typer.Exit(INTERRUPTED) from None

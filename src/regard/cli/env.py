@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 
-from regard.bench.machine import hardware, memory, versions
+from regard.bench.machine import hardware, versions
 from regard.cli.output import console
-from regard.report.units import byte_size
 
 OPTIONAL = ("matplotlib", "scikit-learn")
 
@@ -52,9 +52,8 @@ def _torch() -> dict[str, Any]:
         "cudnn": cuda and kernels.cudnn_sdp_enabled(),
         "math": kernels.math_sdp_enabled(),
     }
-    bytes_of_memory = memory()
     return {
-        "memory": "unknown" if bytes_of_memory is None else byte_size(bytes_of_memory),
+        "platform": platform.platform(),
         "blas": _blas(),
         "cuda": torch.cuda.get_device_name() if cuda else "no",
         "sdpa": ", ".join(name for name, there in fused.items() if there),

@@ -8,34 +8,31 @@ from typing import Annotated, Any
 
 import typer
 
-from regard.cli.output import console
+from regard.cli.output import tell
 
 
 def info(
     name: Annotated[str, typer.Argument(help="a name from `regard list`")],
     json_wanted: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
 ) -> None:
-    """Tell all about one mechanism.
+    """Tell all about one mechanism, or about one treatment that no mechanism shares a name with.
 
     Formula, papers, options, cost, evidence, deviations and claim.
 
     Example: regard info sliding_window
     """
     from regard.cli.cards import card_record
-    from regard.core.catalog import card
+    from regard.cli.treatments import tell_treatment, treatment_record
+    from regard.core.catalog import card, cards, treatments
 
-    record = card_record(card(name))
+    treated = treatments().get(name) if name not in cards() else None
+    record = card_record(card(name)) if treated is None else treatment_record(treated)
     if json_wanted:
         typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
-        return
-    screen = console()
-    screen.print(f"{record['name']}: {record['family']} {record['kind']}\n", style="bold")
-    screen.print(record["formula"])
-    for title, lines in _sections(record):
-        if lines:
-            screen.print(f"\n{title}", style="bold")
-            for line in lines:
-                screen.print(f"  {line}")
+    elif treated is not None:
+        tell_treatment(treated)
+    else:
+        tell(f"{name}: {record['family']} {record['kind']}", record["formula"], _sections(record))
 
 
 def _sections(record: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:

@@ -28,7 +28,7 @@ def list_cards(
     grid: Annotated[int | None, typer.Option(help="only for grids of 1, 2 or 3 axes")] = None,
     json_wanted: Annotated[bool, typer.Option("--json", help="print whole cards as JSON")] = False,
 ) -> None:
-    """List the mechanisms, or whole cards as JSON.
+    """List the mechanisms, or whole cards as JSON; `regard plan treatments` lists treatments.
 
     Example: regard list --family recurrent --pattern "causal self"
     """

@@ -16,9 +16,11 @@ from regard.bench.record import arguments_checked
 from regard.cli.bench import bench
 from regard.cli.compare import Compare
 from regard.cli.env import env
+from regard.cli.evaluate import Evaluate
 from regard.cli.info import info
 from regard.cli.list import list_cards
 from regard.cli.output import notice
+from regard.cli.plan import plan
 from regard.cli.show import show
 from regard.core.errors import RegardError
 
@@ -32,7 +34,7 @@ class Verbs(TyperGroup):
         try:
             with arguments_checked():
                 parsed = super().invoke(ctx)
-            if isinstance(parsed, Compare):
+            if isinstance(parsed, Compare | Evaluate):
                 parsed.run()
         except RegardError as error:
             where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
@@ -46,7 +48,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Attention mechanisms: which there are, how they mix, and how they compare.",
+    help="Attention: mechanisms and how they compare, plans and what they do to models.",
 )
 
 
@@ -70,4 +72,6 @@ app.command("info")(info)
 app.command("show")(show)
 app.command("compare")(Compare)
 app.add_typer(bench, name="bench")
+app.add_typer(plan, name="plan")
+app.command("evaluate")(Evaluate)
 app.command("env")(env)

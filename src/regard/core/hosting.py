@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -53,6 +54,12 @@ class Host(Protocol):
         are hidden instead of dropped. storage: options of quantised storage, by site name.
         """
         ...
+
+
+def mentions(function: Any, *names: str) -> bool:
+    """Whether a function's own code uses one of these global names or attributes."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is not None and any(name in code.co_names for name in names)
 
 
 def tower_of(name: str) -> str:

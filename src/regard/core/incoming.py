@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.core.call import Call
+from regard.core.errors import ArgumentError
 from regard.core.kept import Bucket
 from regard.core.mask import Causal
 from regard.core.moment import Phase, Site
@@ -97,6 +98,22 @@ class Incoming:
         if self.padding is None:
             return torch.arange(self.total, device=self.q.device)[None]
         return (self.padding.cumsum(-1) - 1).clamp_min(0)
+
+
+def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A model's mask (B or 1, H or 1, N, M) as visibility and, where it is more than a mask, a
+    finite bias: a number near the lowest there is hides a key.
+
+    Raises:
+        ArgumentError: neither boolean nor floating-point.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        raise ArgumentError("attention_mask", "a boolean or floating-point mask", mask.dtype)
+    visible = mask > torch.finfo(mask.dtype).min / 2
+    rest = mask.masked_fill(~visible, 0.0)
+    return visible, rest if bool(rest.any()) else None
 
 
 def bare(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Incoming:

@@ -16,14 +16,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regard.core.errors import ArgumentError, UnsupportedError
-from regard.core.hosting import tower_of
-from regard.core.incoming import Chosen, Incoming, Memory
+from regard.core.hosting import mentions, tower_of
+from regard.core.incoming import Chosen, Incoming, Memory, split_mask
 from regard.core.moment import Site
 from regard.core.treating import treat
 
@@ -106,6 +105,7 @@ class SdpaHost:
                 handles.append(modules[name].register_forward_hook(run.leave, always_call=True))
             with _Seeing(run):
                 yield run
+            run.check_reached()
         finally:
             for handle in handles:
                 handle.remove()
@@ -120,11 +120,19 @@ class SdpaRun:
     steps: dict[str, Sequence[Chosen]]
     stack: list[str] = field(default_factory=list)
     shared: dict[int, dict[str, Any]] = field(default_factory=dict)
+    begun: bool = False
+    called: bool = False
+
+    def check_reached(self) -> None:
+        """Raise UnsupportedError if the model ran and no treated module called the kernel."""
+        if self.begun and self.steps and not self.called:
+            first = next(iter(self.steps))
+            raise UnsupportedError("plan", f"the model ran, but {first} never called {CALL}")
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model: a new forward begins."""
         if self in _RUNS.get():
-            self.shared = {}
+            self.shared, self.begun = {}, True
 
     def enter(self, name: str) -> Callable[[nn.Module, Any], None]:
         """Forward pre-hook of an attention module."""
@@ -165,6 +173,7 @@ class _Seeing(TorchFunctionMode):
         site, steps = run.sites[run.stack[-1]], run.steps.get(run.stack[-1], ())
         if not steps or _RUNS.get()[-1] is not run:
             return func(*args, **kwargs)
+        run.called = True
         call = _incoming(site, inspect.signature(_kernel).bind(*args, **kwargs))
         call.shared = run.shared
         return treat(call, steps, Memory())
@@ -199,11 +208,8 @@ def _incoming(site: Site, bound: inspect.BoundArguments) -> Incoming:
     if given["dropout_p"]:
         raise UnsupportedError("plan", "attention dropout is on; call model.eval()")
     rest = {name: given[name] for name in list(given)[3:]}
-    mask, bias = given["attn_mask"], None
-    if mask is not None and mask.dtype != torch.bool:
-        bias, mask = mask, None
-    if mask is not None or bias is not None:
-        mask, bias = (None if x is None else x[(None,) * (4 - x.ndim)] for x in (mask, bias))
+    mask = given["attn_mask"]
+    mask, bias = split_mask(None if mask is None else mask[(None,) * (4 - mask.ndim)])
     causal = bool(given["is_causal"]) and q.shape[2] > 1
     if causal and q.shape[2] != k.shape[2]:
         raise UnsupportedError("plan", "is_causal with unequal lengths is aligned top-left")
@@ -227,13 +233,8 @@ def _calls(module: nn.Module) -> bool:
     """Whether this module's forward, or its processor's call, mentions the kernel."""
     processor = getattr(module, "processor", None)
     if processor is not None:
-        return _mentions(type(processor).__call__, (CALL, "dispatch_attention_fn"))
-    return _mentions(type(module).forward, (CALL,))
-
-
-def _mentions(function: Any, names: Sequence[str]) -> bool:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return code is not None and any(name in code.co_names for name in names)
+        return mentions(type(processor).__call__, CALL, "dispatch_attention_fn")
+    return mentions(type(module).forward, CALL)
 
 
 def _number(module: nn.Module, names: Sequence[str]) -> int | None:

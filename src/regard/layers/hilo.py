@@ -25,7 +25,7 @@ from regard.core.card import Card, Claim, Cost, Example, Golden, Limit, Paper
 from regard.core.errors import ArgumentError
 from regard.core.scored import attend
 from regard.core.weights import Scored
-from regard.features.grid import Tiling, image_sides, tile_means
+from regard.features.grid import Tiling, image_sides
 from regard.layers.attention import join_heads, real_tokens, split_heads
 from regard.layers.window_attention import attend_in_tiles
 
@@ -78,7 +78,7 @@ class HiLo(nn.Module):
 
     def _low(self, x: Tensor, tiling: Tiling, call: Call) -> Tensor:
         real = tiling.real(call.padding, x)
-        pooled = tile_means(tiling.split(x), real)  # (B,T,C)
+        pooled = tiling.means(x, real)  # (B,T,C)
         q = split_heads(self.low_q(x), self.low_heads)
         k, v = (split_heads(part, self.low_heads) for part in self.low_kv(pooled).chunk(2, -1))
         seen = None if real is None else real.any(-1)

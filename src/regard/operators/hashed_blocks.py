@@ -83,7 +83,7 @@ def approximate(q: Tensor, k: Tensor, v: Tensor, rule: Rule, branch: int = 1) ->
     number = torch.arange(m + fringe, device=q.device) // rule.block
     near = Document(blocks.flatten(0, 1), number.expand(len(q), -1))
     parts = [attend(q, keys, values, rule.call(near), Scored(), impl=rule.impl, need_lse=True)]
-    if rule.samples:
+    if rule.samples and m > rule.block:
         places = rule.draw(branch, heads[1], m).expand(*heads, -1)
         own = Document(blocks.flatten(0, 1), places.flatten(0, 1) // rule.block)
         far = rule.call(None if rule.published else Outside(own))

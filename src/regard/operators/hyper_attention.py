@@ -5,9 +5,9 @@ keys drawn at random.
 
 q (B,H,N,D), k (B,H_k,M,D), v (B,H_v,M,E), e_ij = exp(q_i . k_j s), s = 1/sqrt(D). Keys are sorted
 by their angular bucket and cut into blocks of `block`; m = `samples` of them are drawn with
-replacement. A query's block is the one of its rank among the sorted queries ("rank", the paper's),
-or the one in the middle of its bucket ("bucket"), which no other query has a say in. Row sums are
-unbiased, given the blocks.
+replacement. A query's block is the one of its rank among the sorted queries; in a causal call, the
+one in the middle of its bucket, since ranks would tell of later queries. Row sums are unbiased,
+given the blocks.
 
 A causal call is cut in halves: each attends causally to itself, by the same rule, and the second to
 the first as above. Up to `exact_below` tokens nothing is approximated.
@@ -16,7 +16,7 @@ the first as above. Up to `exact_below` tokens nothing is approximated.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ from regard.importance.angular_hash import AngularHash, angular_hash
 from regard.importance.drawn import drawn
 from regard.operators.hashed_blocks import Rule, approximate, causal_halves
 
-Placement = Literal["auto", "rank", "bucket"]
-
 
 def hyper_attention(
     q: Tensor,
@@ -45,12 +43,11 @@ def hyper_attention(
     samples: int = 256,
     exact_below: int = 4096,
     projections: int = 7,
-    placement: Placement = "auto",
     seed: int = 0,
     impl: Impl = "auto",
 ) -> Result:
-    """Approximate softmax attention. placement "auto": "rank", but "bucket" in causal calls, where
-    ranks would tell of later queries. seed: of directions and draws, which differ between layers.
+    """Approximate softmax attention. projections: bits of a bucket. seed: of directions and draws,
+    which differ between layers.
 
     Raises:
         UnsupportedError: a mask other than Causal(), or causal cross attention.
@@ -59,8 +56,6 @@ def hyper_attention(
     if block < 1 or samples < 0 or exact_below < 1 or not 1 <= projections <= 16:
         got = (block, samples, exact_below, projections)
         raise ArgumentError("block, samples, exact_below, projections", "positive, at most 16", got)
-    if placement not in ("auto", "rank", "bucket"):
-        raise ArgumentError("placement", "'auto', 'rank' or 'bucket'", placement)
     causal = is_causal(call, "hyper_attention")
     if causal and q.shape[2] != k.shape[2]:
         raise UnsupportedError("hyper_attention", "causal queries must be the keys' own tokens")
@@ -77,7 +72,7 @@ def hyper_attention(
         block,
         samples,
         exact_below,
-        placement == "rank" or (placement == "auto" and not causal),
+        not causal,
         scale_of(call, None, q.shape[-1]),
         impl,
     )
@@ -167,6 +162,6 @@ HYPER_ATTENTION = Card(
         "the authors' code also counts the zeros that fill the last block of keys",
         "the authors' code counts drawn keys of the own block a second time",
         "buckets stand in Gray order; in the authors' some neighbours differ in several bits",
-        "in causal calls a query's block does not depend on other queries",
+        "in causal calls a query's block does not depend on other queries; the authors rank them",
     ),
 )

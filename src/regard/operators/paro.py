@@ -5,8 +5,8 @@ most block-wise; then small blocks are skipped and the others computed in few bi
 
 q (B,H,N,D), k (B,H_k,N,D), v (B,H_v,N,E), N = prefix + cells of a 2-D or 3-D grid, s = 1/sqrt(D).
 There are 2 orders of (h,w) and 6 of (t,h,w); prefix tokens (text) stay apart, and are read in full.
-Kept are the blocks with the largest sums of attention, `density` of them. With `bits`, q, k, v and
-the weights are rounded to integers, one scale per block.
+Kept are the blocks with the largest sums of attention, `density` of them. With `bits`, q and k,
+or v and the weights, are rounded to integers, one scale per block.
 
 `calibrate` (importance/cell_maps.py) finds orders and kept blocks from the maps of a few prompts,
 once for all; without them they come from the call's own map, which costs as much as full attention.
@@ -58,14 +58,13 @@ def paro(
     orders: int | tuple[int, ...] | None = None,
     kept: Tensor | None = None,
     density: float = 0.5,
-    bits: int | None = None,
-    weight_bits: int | None = None,
+    bits: tuple[int | None, int | None] = (None, None),
     block: int = 64,
     impl: Impl = "auto",
 ) -> Result:
     """Reordered block-sparse attention on a grid. orders: number of the order of each head, or of
     all; kept: boolean (B or 1,H,n,n) over blocks in those orders; None: from the call's own maps.
-    bits: of q and k; weight_bits: of weights and v; None: not rounded.
+    bits: of q and k, and of weights and v; None: not rounded.
 
     Raises:
         UnsupportedError: a mask, or not self-attention.
@@ -80,7 +79,7 @@ def paro(
     q, k, v = without_padding(q, k, v, call)
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     table = grid_orders(sides(call, k.shape[2]), q.device)
-    skips, rounds = density < 1 and kept is None, bits is not None or weight_bits is not None
+    skips, rounds = density < 1 and kept is None, any(bits)
     maps = None
     if skips or (rounds and orders is None):
         maps = cell_maps(q.detach(), k.detach(), call)
@@ -94,11 +93,11 @@ def paro(
     inner = _places(call, order, c, kept, block)
     q, k, v = (
         _rounded(_folded(x, order), width, block, c)
-        for x, width in ((q, bits), (k, bits), (v, weight_bits))
+        for x, width in ((q, bits[0]), (k, bits[0]), (v, bits[1]))
     )
     method = Scored()
-    if weight_bits is not None:
-        method, impl = Scored(normalise=RoundedSoftmax(weight_bits, block, c)), "dense"
+    if bits[1] is not None:
+        method, impl = Scored(normalise=RoundedSoftmax(bits[1], block, c)), "dense"
     out = attend(q, k, v, inner, method, impl=impl).output[:, 0].unflatten(0, order.shape[:2])
     back = order.argsort(-1)[..., None].expand(-1, -1, -1, out.shape[-1])
     return Result(out.gather(2, back))

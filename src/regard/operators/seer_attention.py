@@ -37,7 +37,7 @@ from regard.masks.blocks import Blocks
 class SeerAttention(nn.Module):
     """Block-sparse causal attention under a learned gate. threshold, density: exactly one. rope:
     base of rotary positions for the pooled vectors, where q and k come without; None: q and k are
-    pooled as they come. block, width, queries, keys: of the gate.
+    pooled as they come. block, queries, keys: of the gate.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class SeerAttention(nn.Module):
         density: float | None = None,
         dense_rows: int = 2,
         rope: float | None = None,
-        width: int | None = None,
         queries: tuple[Pool, ...] = ("avg",),
         keys: tuple[Pool, ...] = ("max", "min", "avg"),
         impl: Impl = "auto",
@@ -62,7 +61,7 @@ class SeerAttention(nn.Module):
         self.threshold, self.density, self.dense_rows = threshold, density, dense_rows
         self.rope = rope
         self.impl: Impl = impl
-        self.gate = BlockGate(heads, head_dim, block=block, width=width, queries=queries, keys=keys)
+        self.gate = BlockGate(heads, head_dim, block=block, queries=queries, keys=keys)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
         """Output (B,H,N,E)."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from regard.core.card import Card
-from regard.core.catalog import cards
+from regard.core.card import Card, Paper
+from regard.core.catalog import cards, treatments
+from regard.core.treatment import TreatmentCard
 
 STATUS_START, STATUS_END = "<!-- status: made by `make docs` -->", "<!-- end of status -->"
 
@@ -14,6 +16,16 @@ _HEAD = """# Methods
 Generated from the cards by `make docs`; do not edit. *golden*: agrees with the authors' code.
 *exact*: coincides with another mechanism in a limit, or its forms agree. Patterns: N noncausal,
 C causal; self/cross. Cost is the counted exponent of N; state is what decoding keeps.
+
+"""
+
+
+_TREATMENTS = """# Treatments
+
+What a step of a plan can do to chosen heads of a model. Generated from the cards by `make docs`; do
+not edit. *golden*: agrees with the authors' code. *exact*: some options coincide with the untouched
+model or with another treatment. Places: what of the attention call it changes.
+`regard plan treatments NAME` tells the options.
 
 """
 
@@ -28,6 +40,14 @@ def methods_page() -> str:
     return "\n".join(parts)
 
 
+def treatments_page() -> str:
+    """Markdown page with one table of all treatments."""
+    found = treatments().values()
+    lines = ["| name | what it does | places | evidence | paper |", "|---|---|---|---|---|"]
+    lines += [_treatment_row(card) for card in found]
+    return _TREATMENTS + f"{len(found)} treatments.\n\n" + "\n".join(lines) + "\n"
+
+
 def status_table() -> str:
     """Markdown table for the README: methods and evidence per family."""
     lines = ["| family | methods | golden | exact |", "|---|---|---|---|"]
@@ -35,6 +55,9 @@ def status_table() -> str:
         rows = [c for c in cards().values() if c.family == family]
         golden = sum(c.evidence == "golden" for c in rows)
         lines.append(f"| {family} | {len(rows)} | {golden} | {len(rows) - golden} |")
+    found = treatments().values()
+    golden = sum(c.evidence == "golden" for c in found)
+    lines.append(f"| treatments | {len(found)} | {golden} | {len(found) - golden} |")
     return "\n".join(lines) + "\n"
 
 
@@ -45,8 +68,11 @@ def with_status(readme: str) -> str:
 
 
 def write_pages(root: Path) -> None:
-    """Rewrite docs/methods.md and the README's status table below `root`."""
+    """Rewrite the tables of methods and treatments in docs, and the README's status table, below
+    `root`.
+    """
     (root / "docs" / "methods.md").write_text(methods_page())
+    (root / "docs" / "treatments.md").write_text(treatments_page())
     readme = root / "README.md"
     readme.write_text(with_status(readme.read_text()))
 
@@ -63,7 +89,16 @@ def _table(family: str, rows: list[Card]) -> str:
 def _row(card: Card) -> str:
     patterns = ", ".join(p.replace("noncausal", "N").replace("causal", "C") for p in card.patterns)
     grids = ", ".join(f"{g}-D" for g in card.grids)
-    papers = ", ".join(f"[{p.title}]({p.url}) ({p.year})" for p in card.papers)
-    summary = card.summary.replace("|", "\\|")
+    papers, summary = _papers(card.papers), card.summary.replace("|", "\\|")
     cells = (f"`{card.name}`", summary, patterns, grids, f"N^{card.cost.time:g}", card.cost.state)
     return "| " + " | ".join((*cells, card.evidence, papers)) + " |"
+
+
+def _treatment_row(card: TreatmentCard) -> str:
+    summary = card.summary.replace("|", "\\|")
+    cells = (f"`{card.name}`", summary, ", ".join(card.places), card.evidence)
+    return "| " + " | ".join((*cells, _papers(card.papers))) + " |"
+
+
+def _papers(papers: Iterable[Paper]) -> str:
+    return ", ".join(f"[{p.title}]({p.url}) ({p.year})" for p in papers)

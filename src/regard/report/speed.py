@@ -52,9 +52,19 @@ class Panel:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why points are missing, each once."""
-        said = (f"{p.mode}: {p.reason}" for p in (*self.times, *self.memory) if p.reason)
-        return tuple(dict.fromkeys(said))
+        """Why points are missing: the first reason in each mode, in time and in memory."""
+        said: dict[str, str] = {}
+        for kind, points in (("", self.times), (" in memory", self.memory)):
+            for point in points:
+                if point.reason:
+                    said.setdefault(f"{point.mode}{kind}", point.reason)
+        return tuple(f"{where}: {reason}" for where, reason in said.items())
+
+    def weights(self, lengths: Sequence[int]) -> list[tuple[str, list[Weighed | None]]]:
+        """Its modes, each with what was weighed at these lengths."""
+        found = {(p.mode, p.length): p for p in self.memory if p.peak_bytes is not None}
+        modes = dict.fromkeys(mode for mode, _ in found)
+        return [(mode, [found.get((mode, length)) for length in lengths]) for mode in modes]
 
 
 def speed_html(speed: Mapping[str, Any]) -> str:
@@ -78,8 +88,10 @@ def speed_html(speed: Mapping[str, Any]) -> str:
             "timed": [panel for panel in panels if panel.times],
             "unmeasured": [panel for panel in panels if panel.reasons],
             "weighed": [panel for panel in panels if panel.memory],
+            "weights": sorted({p.length for p in read.memory if p.peak_bytes is not None}),
             "families": {p.family: p for p in reversed(panels)},
             "decoded": [(_look(point), point) for point in read.decode],
+            "undecoded": _undecoded(read, panels),
             "whats": whats,
             "headings": [(what.capitalize(), "ascending") for what in whats],
             "frame": frame,
@@ -127,6 +139,12 @@ def _kept(value: float) -> float:
 
 def _look(point: Decoded) -> tuple[str, str]:
     return LOOKS.get(point.family, OTHER)
+
+
+def _undecoded(read: Speed, panels: Sequence[Panel]) -> list[str]:
+    """What was timed or weighed, but carries nothing from token to token."""
+    decoded = {point.mechanism.label for point in read.decode}
+    return [panel.label for panel in panels if panel.label not in decoded]
 
 
 def _panels(read: Speed, frame: PanelFrame) -> list[Panel]:

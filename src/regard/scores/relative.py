@@ -10,7 +10,6 @@ numbers only have to be shifted, row by row: `skew` does so by a reshape, `unske
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,35 +40,40 @@ def relative_bias(table: Tensor, reach: int, scale: float) -> BlockBias:
     consecutive, their products are shifted into place, elsewhere looked up.
     """
 
-    def bias(q: Tensor, pairs: Pairs) -> Tensor:
-        n, rows = q.shape[-2], table.shape[-2]
-        row = pairs.key - pairs.query + (reach - 1)
-        m = row.shape[-1]
-        if row.shape[-2] != n or 0 in (n, m):
-            return q.new_zeros(*q.shape[:-1], m)
-        first = int(row.min())
-        used = table if table.ndim == 2 else table[pairs.h.flatten()]
-        used = used[..., max(first, 0) : max(int(row.max()) + 1, 0), :]
-        if used.ndim == 3:
-            used = used.view(used.shape[0], *(1,) * (q.ndim - 4), *used.shape[1:])
-        if _consecutive(row):
-            edges = (0, 0, max(-first, 0), n + m - max(-first, 0) - used.shape[-2])
-            return skew(q @ F.pad(used, edges).mT * scale, m)
-        by_row = q @ used.mT * scale
-        near = (row >= 0) & (row < rows)
-        place = (row - max(first, 0)).clamp(0, max(used.shape[-2] - 1, 0))
-        if not used.shape[-2]:
-            return by_row.new_zeros(*q.shape[:-1], m)
-        return by_row.gather(-1, place.expand(*q.shape[:-1], m)).masked_fill(~near, 0.0)
+    def bias(q: Tensor, pairs: Pairs) -> tuple[int, Tensor]:
+        n, m, rows = q.shape[-2], pairs.key.shape[-1], table.shape[-2]
+        own = table if table.ndim == 2 else table[pairs.h[..., 0, 0]]  # (…,h,R,D)
+        lead = _lead(pairs)
+        if lead is None:
+            row, near = relative_rows(pairs, reach, rows)
+            by_row = q @ (own * scale).mT
+            found = by_row.gather(-1, row.expand(*q.shape[:-1], m))
+            return 0, found.masked_fill(~near, 0.0)
+        first = min(max(1 - reach - lead, 0), m)
+        width = max(min(rows - reach + n - lead, m) - first, 0)
+        if not width:
+            return first, q.new_zeros(*q.shape[:-1], 0)
+        low = lead + first - n + reach  # row of the last query and the first key
+        start, stop = max(low, 0), min(low + n + width, rows)
+        by_row = q @ (own[..., start:stop, :] * scale).mT
+        return first, skew(F.pad(by_row, (start - low, low + n + width - stop)), width)
 
     return bias
 
 
-def _consecutive(row: Tensor) -> bool:
-    """Whether the table row falls by one per query and rises by one per key."""
-    n, m = row.shape[-2:]
-    steps = torch.arange(m, device=row.device) - torch.arange(n, device=row.device)[:, None]
-    return bool((row - row[..., :1, :1] == steps).all())
+def _lead(pairs: Pairs) -> int | None:
+    """How far the first key lies behind the first query, where that is the same everywhere and both
+    positions rise by one.
+    """
+    query, key = pairs.query, pairs.key
+    if query.ndim < 2 or query.shape[-1] != 1 or (key.ndim > 1 and key.shape[-2] != 1):
+        return None
+    if 0 in (query.shape[-2], key.shape[-1]):
+        return None
+    leads = key[..., :1] - query[..., :1, :]
+    steady = (query.diff(dim=-2) == 1).all() & (key.diff(dim=-1) == 1).all()
+    lead = int(leads.flatten()[0])
+    return lead if bool(steady & (leads == lead).all()) else None
 
 
 def consecutive_rows(table: Tensor, reach: int, n: int, m: int) -> Tensor:

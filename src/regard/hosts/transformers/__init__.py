@@ -60,6 +60,7 @@ class TransformersHost:
                     handles.append(module.register_forward_hook(run.leave, always_call=True))
                 with bypassed(run):
                     yield run
+                run.check_reached()
             finally:
                 for handle in handles:
                     handle.remove()

@@ -94,10 +94,12 @@ class KeptLayer(CacheLayerMixin):
         return x[:, :, :1].expand(-1, -1, self.seen, -1)
 
     def evicted(self) -> None:
-        """Forget the dense copy: the memory's buckets hold what is left."""
-        self.inner.reset()
+        """Let go of the dense copy: the memory's buckets hold what is left, some in its tensors."""
+        self.inner.keys = self.inner.values = None
+        self.inner.is_initialized = False
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        query_length = _length(query_length)
         if self.window is None or not self.is_sliding:
             return self.seen + query_length, 0
         first = max(self.seen - self.window + 1, 0)
@@ -108,6 +110,8 @@ class KeptLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # as transformers called it before 5.10
 
     def reset(self) -> None:
         self.inner.reset()
@@ -149,6 +153,11 @@ class KeptLayer(CacheLayerMixin):
         return [(heads, keys.shape[2] if whole else self.seen, size)]
 
 
+def _length(query: Any) -> int:
+    """A number of queries, which older versions of transformers pass as their positions."""
+    return len(query) if isinstance(query, Tensor) and query.ndim else int(query)
+
+
 def _tensors(x: Any) -> Iterator[Tensor]:
     """Every tensor in nested records of a layer that has one dimension or more."""
     if isinstance(x, Tensor):
@@ -182,7 +191,7 @@ class AbsentLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         raise UnsupportedError("plan", "a layer that was left out received keys")
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         return self.like.get_mask_sizes(query_length)
 
     def get_seq_length(self) -> int:
@@ -190,6 +199,8 @@ class AbsentLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # as transformers called it before 5.10
 
     def reset(self) -> None: ...
 

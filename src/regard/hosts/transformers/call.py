@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from regard.core.errors import ArgumentError, UnsupportedError
-from regard.core.incoming import Incoming
+from regard.core.errors import UnsupportedError
+from regard.core.incoming import Incoming, split_mask
 from regard.core.moment import Phase, Site
 from regard.hosts.transformers.cache import KeptLayer
 
@@ -39,7 +38,7 @@ def incoming(
     _check(kwargs)
     n = query.shape[2]
     total = key.shape[2] if layer is None else layer.seen
-    visible, bias = _dense(attention_mask)
+    visible, bias = split_mask(attention_mask)
     position_bias = kwargs.get("position_bias")
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
@@ -70,17 +69,6 @@ def _check(kwargs: Mapping[str, Any]) -> None:
     for name in REFUSED:
         if kwargs.get(name) is not None:
             raise UnsupportedError("plan", f"the model passes {name!r} to its attention")
-
-
-def _dense(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A model's mask (B,1 or H,N,M) as visibility and, where it is more than a mask, a bias."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask, None
-    if not mask.is_floating_point():
-        raise ArgumentError("attention_mask", "a boolean or floating-point 4-D mask", mask.dtype)
-    visible = mask > torch.finfo(mask.dtype).min / 2
-    rest = mask.masked_fill(~visible, 0.0)
-    return visible, rest if bool(rest.any()) else None
 
 
 def _padding(noted: Noted, visible: Tensor | None, total: int, n: int) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, masking_utils
 
+from regard.core.errors import UnsupportedError
 from regard.core.incoming import Chosen, Memory
 from regard.core.moment import Phase, Site
 from regard.core.treating import treat
@@ -60,6 +61,8 @@ class Run:
         self.modules = {id(module) for module in model.modules()}
         self.removed: set[int] = set()
         self.depth = 0
+        self.forwards = 0
+        self.called: set[str] = set()
         self.forward = Forward()
 
     def _cached(self, storage: Mapping[str, Mapping[str, Any]]) -> dict[int, str]:
@@ -88,6 +91,7 @@ class Run:
         if self.depth > 1:
             return None
         self.forward = Forward()
+        self.forwards += 1
         cache = prepare(self, self.cached, module, kwargs)
         self.forward.cache = cache
         self.forward.past = 0 if cache is None else int(cache.get_seq_length())
@@ -107,6 +111,14 @@ class Run:
         """What the mask function noted about this mask."""
         entry = self.forward.masks.get(id(mask))
         return UNKNOWN if entry is None else entry[1]
+
+    def check_reached(self) -> None:
+        """Raise UnsupportedError if the model ran and no treated module asked for its attention."""
+        treated = [site.name for site, steps in self.sites.values() if steps]
+        if self.forwards and treated and not self.called and not self.removed:
+            raise UnsupportedError(
+                "plan", f"the model ran, but {treated[0]} never called the attention interface"
+            )
 
     def report(self) -> Mapping[str, Any]:
         """Keys held and bytes, per layer and in all, of the last forward's cache, beside those of a
@@ -150,6 +162,7 @@ def attention(
     if run is None:
         return original(module, query, key, value, attention_mask, **kwargs)
     site, steps = run.sites[id(module)]
+    run.called.add(site.name)
     layer = _kept_layer(run, site, module)
     if not steps:
         if layer is not None:

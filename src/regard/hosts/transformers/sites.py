@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from regard.core.hosting import tower_of
+from regard.core.hosting import mentions, tower_of
 from regard.core.moment import Site
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -71,8 +70,7 @@ def unreached_by(model: Any) -> Mapping[str, str]:
 
 def _asks(module: nn.Module) -> bool:
     """Whether this module's own forward looks up the attention interface."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and INTERFACE in code.co_names
+    return mentions(type(module).forward, INTERFACE)
 
 
 def _heads(module: nn.Module) -> int | None:

@@ -1,0 +1,180 @@
+"""The model under evaluation: the pocket one, one in a folder, or one named as on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard import pocket
+from regard.bench.record import Record
+from regard.core.errors import ArgumentError, UnsupportedError
+from regard.tasks.vocabulary import Vocabulary
+
+POCKET = "pocket"
+SAMPLE = 64
+"""Numbers of each tensor that enter a model's fingerprint."""
+
+
+class SubjectRecord(Record):
+    """What a model is: as it was named, its class, size, number format, library, and a fingerprint
+    of its shape and of some of its weights.
+    """
+
+    name: str
+    architecture: str
+    parameters: int
+    dtype: str
+    library: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A causal language model, and what turns text into its ids and back: the pocket model's
+    vocabulary, or a tokenizer of transformers.
+    """
+
+    name: str
+    model: Any
+    text: Any
+
+    @property
+    def symbols(self) -> bool:
+        """Whether it has the pocket vocabulary, and with it the tasks made of symbols."""
+        return isinstance(self.text, Vocabulary)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, after what begins a sequence of this model, if anything does."""
+        if self.symbols:
+            return self.text.encode(text)
+        return [*self.opening, *self.plain(text)]
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of a text and nothing else."""
+        if self.symbols:
+            return self.text.encode(text, begin=False)
+        return self.text(text, add_special_tokens=False).input_ids
+
+    @property
+    def opening(self) -> list[int]:
+        """The token that begins a sequence, where the tokenizer puts one."""
+        begin = self.text.begin if self.symbols else self.text.bos_token_id
+        return [begin] if self.symbols or begin in self.text("").input_ids else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids."""
+        return self.text.decode(list(ids))
+
+    def record(self) -> SubjectRecord:
+        """What it is, for results."""
+        import transformers
+
+        weights = list(self.model.parameters())
+        return SubjectRecord(
+            name=_told(self.name),
+            architecture=type(self.model).__name__,
+            parameters=sum(weight.numel() for weight in weights),
+            dtype=str(weights[0].dtype).removeprefix("torch."),
+            library=f"transformers {transformers.__version__}",
+            fingerprint=fingerprint(self.model),
+        )
+
+
+def load(name: str, device: str = "cpu") -> Subject:
+    """The model of that name, in evaluation mode: "pocket", a folder (nothing is fetched), or a
+    name on the hub. Only safetensors are read, and no code that comes with a model is run.
+
+    Raises:
+        ArgumentError: no such model, or one that cannot be loaded; a device that is not there.
+        UnsupportedError: transformers is missing.
+    """
+    place = _device(device)
+    model: Any
+    if name == POCKET:
+        model, text = pocket.language()
+    else:
+        library = _library()
+        with _loading(name):
+            options = _options(name)
+            text = library.AutoTokenizer.from_pretrained(name, **options)
+            model = library.AutoModelForCausalLM.from_pretrained(
+                name, dtype="auto", use_safetensors=True, **options
+            )
+    return Subject(name, model.to(place).eval(), text)
+
+
+def skeleton(name: str) -> Any:
+    """The model without its weights: enough to see which layers and heads a plan would reach.
+
+    Raises:
+        ArgumentError, UnsupportedError: as `load`.
+    """
+    if name == POCKET:
+        return pocket.language()[0]
+    library = _library()
+    with _loading(name), torch.device("meta"):
+        config = library.AutoConfig.from_pretrained(name, **_options(name))
+        kind = getattr(library, (config.architectures or ["?"])[0], None)
+        if kind is None:
+            return library.AutoModelForCausalLM.from_config(config)
+        return kind(config)
+
+
+def fingerprint(model: Any) -> str:
+    """Tells models apart: names, shapes and formats of the weights, and some of their numbers."""
+    found = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].double().cpu()
+        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        found.update(some.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+class _loading:
+    """Inside, what a foreign library raises about a model becomes an ArgumentError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            raise ArgumentError("MODEL", "an existing folder", name)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError)):
+            first = next((line for line in str(error).splitlines() if line), type(error).__name__)
+            expected = "'pocket', a model's folder or its name on the hub"
+            raise ArgumentError("MODEL", expected, f"{self.name} ({first})") from error
+
+
+def _options(name: str) -> dict[str, Any]:
+    return {"local_files_only": Path(name).is_dir(), "trust_remote_code": False}
+
+
+def _told(name: str) -> str:
+    """A folder is told by its last part, so that results name no one's machine."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ArgumentError("device", "a device of this machine", f"{name} ({first})") from error
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        lacks = "transformers is missing (pip install 'regard[transformers]')"
+        raise UnsupportedError("evaluation of models", lacks) from error
+    return transformers
