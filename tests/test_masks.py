@@ -24,6 +24,7 @@ from regard.core.frame import Frame
 from regard.core.mask import Both, Causal, Either, Given, Mask, Outside, Real
 from regard.core.scored import attend
 from regard.core.weights import Scored
+from regard.masks.ahead import Ahead
 from regard.masks.blocks import Blocks
 from regard.masks.document import Document
 from regard.masks.elastic import Elastic
@@ -104,6 +105,7 @@ def simple(n: int, m: int) -> dict[type[Mask], st.SearchStrategy[Any]]:
         Shards: shards(),
         Neighborhood: neighborhoods(),
         Blocks: block_charts(),
+        Ahead: st.integers(0, 4).map(Ahead),
         Elastic: st.builds(
             Elastic, st.integers(-4, 6), st.floats(0, 1, width=16), small, st.integers(0, 2)
         ),

@@ -57,7 +57,8 @@ def test_prompt_alone(name: str) -> None:
     subject = patient(PLAIN[name])
     with pytest.raises(PlanError, match=r"phases.*prefill"):
         subject.plan().resolve(subject.model)
-    found = subject.logits(subject.plan(phases=("prefill",)), subject.ids)
+    step = subject.plan().steps[0].model_copy(update={"phases": ("prefill",)})
+    found = subject.logits(Plan(steps=(step,)), subject.ids)
     assert found.isfinite().all()
     assert not torch.allclose(found, subject.logits(None, subject.ids), atol=1e-6)
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from regard.bench.machine import Hardware, Versions, hardware, versions
+from regard.bench.machine import Hardware, Versions, hardware, load, versions
 from regard.bench.reading import Reading, under
 from regard.bench.record import Record, digest
 from regard.bench.timing import Pace, Spread, interleaved, ratio, spread
@@ -50,13 +50,16 @@ class Cost(Record):
 
 
 class Costs(Record):
-    """The costs of all plans of a config, in its order, timed in turn in one process."""
+    """The costs of all plans of a config, in its order, timed in turn in one process. load:
+    processes that wanted to run before it began, on average.
+    """
 
     format: Literal["regard.costs/1"] = Field(default="regard.costs/1", alias="schema")
     config: CostConfig
     costs: tuple[Cost, ...]
     versions: Versions
     hardware: Hardware
+    load: float | None
     seconds: float
 
 
@@ -103,13 +106,14 @@ def measure_costs(model: Any, prompt: Tensor, config: CostConfig) -> Costs:
     """Costs of every plan of a config on a prompt (1,N). Plans take turns, and the first round of
     all is not counted.
     """
-    started = time.perf_counter()
+    started, before = time.perf_counter(), load()
     laps = [Lap(model, plan, prompt, config.tokens) for plan in config.plans]
     interleaved(laps, Pace(max(config.seconds, 1e-3), long=3))
     dense = laps[0]
     costs = tuple(_cost(lap, dense) for lap in laps)
     return Costs(
         config=config, costs=costs, versions=versions(), hardware=hardware(config.device),
+        load=before,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
 

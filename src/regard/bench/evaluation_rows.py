@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from regard.bench.book import BUSY
 from regard.bench.costs import Cost, Costs
 from regard.bench.evaluation import DENSE, Evaluation, EvaluationRow, Inquiry, Sheet, Task
 from regard.bench.machine import hardware, versions
@@ -33,7 +34,7 @@ def assembled(
         seed=inquiry.seed,
         tokens=inquiry.tokens,
         rows=rows,
-        notes=(*_notes(rows, inquiry.lengths), *_elsewhere([*made, *costs.values()])),
+        notes=(*_notes(rows, inquiry.lengths), *_making([*made, *costs.values()])),
         versions=versions(),
         hardware=hardware(costs[inquiry.lengths[0]].config.device),
         seconds=sum(record.seconds for record in (*made, *costs.values())),
@@ -81,9 +82,13 @@ def _notes(rows: Sequence[EvaluationRow], lengths: Sequence[int]) -> Iterator[st
             yield f"at {length} tokens the plans do not hold the same bytes: {spread} of dense"
 
 
-def _elsewhere(records: Sequence[Sheet | Costs]) -> Iterator[str]:
-    """What differs among the makers of these results."""
+def _making(records: Sequence[Sheet | Costs]) -> Iterator[str]:
+    """What a reader must know of how these results were made."""
     for name in ("versions", "hardware"):
-        found = {getattr(record, name) for record in records}
-        if len(found) > 1:
+        if any(getattr(record, name) != getattr(records[0], name) for record in records):
             yield f"parts of this result were made with other {name}; each file says which"
+    for record in records:
+        cores = record.hardware.cores
+        if isinstance(record, Costs) and record.load is not None and record.load > BUSY * cores:
+            wanted = f"{record.load:.1f} processes wanted its {cores} cores"
+            yield f"the machine was busy, at {record.config.length} tokens: {wanted}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,12 @@ def load(name: str, device: str = "cpu") -> Subject:
     """
     place = _device(device)
     model: Any
+    library = _library()
     if name == POCKET:
-        model, text = pocket.language()
+        with _quiet(library):
+            model, text = pocket.language()
     else:
-        library = _library()
-        with _loading(name):
+        with _loading(name), _quiet(library, Path(name).is_dir()):
             options = _options(name)
             text = library.AutoTokenizer.from_pretrained(name, **options)
             model = library.AutoModelForCausalLM.from_pretrained(
@@ -114,9 +116,10 @@ def skeleton(name: str) -> Any:
     Raises:
         ArgumentError, UnsupportedError: as `load`.
     """
-    if name == POCKET:
-        return pocket.language()[0]
     library = _library()
+    if name == POCKET:
+        with _quiet(library):
+            return pocket.language()[0]
     with _loading(name), torch.device("meta"):
         config = library.AutoConfig.from_pretrained(name, **_options(name))
         kind = getattr(library, (config.architectures or ["?"])[0], None)
@@ -134,6 +137,22 @@ def fingerprint(model: Any) -> str:
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         found.update(some.numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+@contextmanager
+def _quiet(library: Any, wanted: bool = True) -> Iterator[None]:
+    """Inside, the library draws no progress bars, if that is wanted: what is at hand is read in a
+    moment, what is fetched is not.
+    """
+    bars = library.utils.logging
+    if not (wanted and bars.is_progress_bar_enabled()):
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
 
 
 class _loading:

@@ -48,7 +48,7 @@ class Evaluate(Record):
         "runs/evaluate"
     )
     device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu"
-    threads: Annotated[int | None, Option(min=1, help="processor threads [all cores]")] = None
+    threads: Annotated[int | None, Option(min=1, help="processor threads [pocket: 1]")] = None
     no_progress: Annotated[bool, Option("--no-progress", help="draw no progress bar")] = False
 
     def run(self) -> None:
@@ -85,11 +85,11 @@ class Evaluate(Record):
 
         from regard.bench.evaluate import evaluate
         from regard.bench.machine import command
-        from regard.bench.subject import load
+        from regard.bench.subject import POCKET, load
         from regard.cli.bench_bar import points_bar
 
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        if self.threads is not None or self.model == POCKET:
+            torch.set_num_threads(self.threads or 1)  # its products are too small to share
         subject, told = load(self.model, self.device), command(sys.argv[1:])
         try:
             with points_bar(not self.no_progress) as watch:
@@ -123,10 +123,10 @@ def _score(row: EvaluationRow, task: str) -> str:
 
     score: Score = row.scores[task]
     said = score_text(score.kind, score.value)
-    if task in row.at_chance:
-        return f"{said} = chance"
     interval = interval_text(score.low, score.high)
-    return f"{said} ({interval}, n {score.asked})" if interval else said
+    parts = [interval, f"n {score.asked}"] if interval else []
+    parts += ["chance"] if task in row.at_chance else []
+    return f"{said} ({', '.join(parts)})" if parts else said
 
 
 def _costs(row: EvaluationRow) -> tuple[str, ...]:

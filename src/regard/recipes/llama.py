@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 
 from regard.core.errors import UnsupportedError
 
@@ -44,5 +45,11 @@ def saved_llama(folder: Path) -> LlamaForCausalLM:
     Raises:
         UnsupportedError: transformers is missing.
     """
-    _, llama = llama_classes()
-    return llama.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    config, llama = llama_classes()
+    with torch.random.fork_rng(devices=[]):
+        model = llama(config.from_pretrained(folder, local_files_only=True)).float()
+    weights = load_file(folder / "model.safetensors")
+    if model.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights)
+    return model.eval()

@@ -144,7 +144,7 @@ def _finding(read: Evaluation) -> str:
         kept = [r for r in others if (r.scores[task].value or 0.0) >= NEARLY * score.value]
         kept.sort(key=lambda row: row.cache_bytes)
         said = f"On {task} at {dense.length:,} tokens the untouched model scores "
-        said += f"{percent(score.value)}; {len(kept)} of {len(others)} "
+        said += f"{percent(score.value)}; {len(kept) or 'none'} of {len(others)} "
         said += f"{'plan keeps' if len(others) == 1 else 'plans keep'} 95\u202f% of that"
         if kept:
             least = kept[0]

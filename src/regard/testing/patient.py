@@ -37,19 +37,23 @@ class Patient:
     def ids(self) -> Tensor:
         return prompt(self.card.example.length, batch=2)
 
-    def plan(self, options: Mapping[str, Any] | None = None, **where: Any) -> Plan:
+    def plan(
+        self,
+        options: Mapping[str, Any] | None = None,
+        layers: tuple[int, ...] | None = None,
+        heads: tuple[int, ...] | None = None,
+    ) -> Plan:
         """A plan of one step: the example, or other options, everywhere or where it is said."""
         chosen = dict(self.card.example.options if options is None else options)
-        where = {"layers": self.card.example.layers, **where}
-        return Plan(steps=(Step(treatment=self.card.name, options=chosen, **where),))
+        where = self.card.example.layers if layers is None else layers
+        step = Step(treatment=self.card.name, options=chosen, layers=where, heads=heads)
+        return Plan(steps=(step,))
 
-    def logits(
-        self, plan: Plan | None, ids: Tensor, mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
+    def logits(self, plan: Plan | None, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B,N,V) of one forward without a cache."""
         context: AbstractContextManager[Any] = nullcontext()
         if plan is not None:
-            context = plan.applied(self.model, **options)
+            context = plan.applied(self.model)
         with context, torch.no_grad():
             extra = {"use_cache": False} if self.decodes else {}
             return self.model(ids, attention_mask=mask, **positions_of(mask), **extra).logits

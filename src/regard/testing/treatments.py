@@ -47,8 +47,7 @@ def check_other_heads(patient: Patient) -> None:
         return
     site = patient.plan().resolve(patient.model).sites[1]
     group = site.group
-    chosen = list(range(group))
-    plan = patient.plan(layers=[1], heads=chosen)
+    plan = patient.plan(layers=(1,), heads=tuple(range(group)))
     with torch.no_grad():
         plain = _head_outputs(patient, None, site.name)
         changed = _head_outputs(patient, plan, site.name)
