@@ -146,16 +146,21 @@ def _solved(part: Blocks, group: Group, state: Tensor) -> Solved:
     write = group.apart(group.scaled(part.k, fade.until)).mT
     across, systems = group.across(), group.apart(system)
     x, state = torch.empty_like(target), state.flatten(0, 1)
-    before = state.new_empty(batch * heads, blocks, *state.shape[1:])
+    states = state.new_empty(batch * heads, blocks + 1, *state.shape[1:])
+    states[:, 0] = state
     for block in range(blocks):
-        before[:, block] = state
-        right = torch.baddbmm(target[:, block], read[:, block], state, alpha=-1)
+        state, after = states[:, block], states[:, block + 1]
+        right = target[:, block].baddbmm_(read[:, block], state, alpha=-1)
         x[:, block] = torch.linalg.solve_triangular(
             systems[:, block], right.mT, upper=True, left=False, unitriangular=True
         ).mT
-        kept = state if across is None else state * across[:, block]
-        state = torch.baddbmm(kept, write[:, block], x[:, block])
-    return Solved(system, x.flatten(0, 1), before.flatten(0, 1), state.unflatten(0, (batch, heads)))
+        if across is None:
+            after.copy_(state)
+        else:
+            torch.mul(state, across[:, block], out=after)
+        after.baddbmm_(write[:, block], x[:, block])
+    last = states[:, blocks].unflatten(0, (batch, heads))
+    return Solved(system, x.flatten(0, 1), states[:, :blocks].flatten(0, 1), last.clone())
 
 
 def _backward(

@@ -26,7 +26,9 @@ from regard.core.unit import COPIES, WORKSPACE, Work, output_of
 from regard.core.weights import Scored
 
 CALL = 8 * 2**20
-"""Bytes that one call makes or gathers, where it can choose: they stay in the cache."""
+"""Bytes that one fused call gathers, where it can choose: they stay in the cache."""
+SCORES = 4 * CALL
+"""Bytes of scores and weights that one call makes: fewer parallel regions, each of more work."""
 
 
 def run_tiles(q: Tensor, k: Tensor, v: Tensor, work: Work) -> tuple[Tensor, Tensor | None]:
@@ -52,8 +54,9 @@ def _hides_gradients(method: Scored, frame: Frame) -> bool:
 
 
 def units(work: Work, k: Tensor, v: Tensor, batch: int) -> Iterator[Unit]:
-    """Every tile of every row of the batch once, as many to a call as fit `CALL`."""
-    room = CALL if k.device.type == "cpu" else WORKSPACE
+    """Every tile of every row of the batch once, as many to a call as fit `CALL` or `SCORES`."""
+    room = CALL if work.fused else SCORES
+    room = room if k.device.type == "cpu" else WORKSPACE
     for whole in work.stacks:
         each = _cost(work, whole, k, v)
         hidden = 0 if whole.full or (work.by_distance and whole.diagonal) else whole.height

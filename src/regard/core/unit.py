@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from regard.core.frame import Frame, Pairs
 from regard.core.mask import Mask
 from regard.core.stacked import Unit
 from regard.core.tiling import BLOCK, Stack, plan_tiles
-from regard.core.weights import Scored, Softmax, group_scores, group_values, normalised
+from regard.core.weights import Additive, Scored, Softmax, group_scores, group_values, normalised
 
 WORKSPACE = 256 * 2**20
 COPIES = 8
@@ -101,10 +102,27 @@ def weights_of(
     visible = visible_of(work, unit)
     if isinstance(method.normalise, Softmax) and method.score is None and not work.need_lse:
         return _softmax_(scores, visible, unit.stack), None
+    if method.normalise.kind == "additive" and not work.need_lse:
+        rule = cast(Additive, method.normalise)
+        return _additive(scores, visible, unit.stack, rule), None
     every = _whole(visible, unit.stack)
     if every is None:
         every = torch.ones(1, 1, 1, unit.stack.width, dtype=torch.bool, device=q.device)
     return normalised(scores, every, method.normalise, work.need_lse)
+
+
+def _additive(scores: Tensor, visible: Tensor | None, stack: Stack, rule: Additive) -> Tensor:
+    """Weights that each key has by itself; again only the partial columns are masked."""
+    count = torch.full((1, 1, 1, 1), stack.width, device=scores.device)
+    if visible is not None:
+        count = count - (~visible).sum(-1, keepdim=True)
+    weights = rule(scores, None, count)
+    if visible is None:
+        return weights
+    if not torch.is_grad_enabled():
+        weights[..., stack.partial].masked_fill_(~visible, 0.0)
+        return weights
+    return weights.masked_fill(~_every(visible, stack), 0.0)
 
 
 def _softmax_(scores: Tensor, visible: Tensor | None, stack: Stack) -> Tensor:
@@ -150,7 +168,11 @@ def pairs_of(frame: Frame, unit: Unit, columns: slice = slice(None)) -> Pairs:
 
 def _whole(visible: Tensor | None, stack: Stack) -> Tensor | None:
     """Visibility of every column."""
-    if visible is None or visible.shape[-1] == stack.width:
+    return visible if visible is None else _every(visible, stack)
+
+
+def _every(visible: Tensor, stack: Stack) -> Tensor:
+    if visible.shape[-1] == stack.width:
         return visible
     every = visible.new_ones(*visible.shape[:-1], stack.width)
     every[..., stack.partial] = visible

@@ -40,6 +40,12 @@ class Normaliser(Protocol):
     def __call__(self, scores: Tensor, visible: Tensor, count: Tensor) -> Tensor: ...
 
 
+class Additive(Normaliser, Protocol):
+    """A normaliser of kind "additive"; visible is None where the executor masks what it gives."""
+
+    def __call__(self, scores: Tensor, visible: Tensor | None, count: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Softmax:
     """exp(s_ij) / sum_j exp(s_ij) over visible keys; a row without any gives zeros."""

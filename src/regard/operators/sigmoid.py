@@ -43,14 +43,16 @@ class SigmoidWeights:
     power: float = 0.0
     kind: Literal["additive"] = "additive"
 
-    def __call__(self, scores: Tensor, visible: Tensor, count: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, visible: Tensor | None, count: Tensor) -> Tensor:
         count = count.clamp_min(1).to(torch.float64)
         shift = -count.log().to(scores.dtype) if self.bias is None else self.bias
         if torch.is_grad_enabled():
-            weights = torch.sigmoid(scores * self.factor + shift).masked_fill(~visible, 0.0)
+            weights = torch.sigmoid(scores * self.factor + shift)
+            weights = weights if visible is None else weights.masked_fill(~visible, 0.0)
         else:  # the same in place: fewer passes over memory
             scores = scores if isinstance(self.factor, float) else scores.mul_(self.factor)
-            weights = scores.add_(shift).sigmoid_().masked_fill_(~visible, 0.0)
+            weights = scores.add_(shift).sigmoid_()
+            weights = weights if visible is None else weights.masked_fill_(~visible, 0.0)
         return weights / (count**self.power).to(scores.dtype) if self.power else weights
 
 
