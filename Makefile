@@ -52,7 +52,7 @@ format: venv
 	$(BIN)/ruff check --fix .
 
 mutants: venv
-	$(BIN)/python -m pytest -q -n $(THREADS) tests/mutants.py
+	$(BIN)/python -m pytest -q -n $(THREADS) tests/mutants.py tests/treatment_mutants.py
 
 docs: venv
 	$(BIN)/python -c "from pathlib import Path; \

@@ -32,6 +32,7 @@ from regard.masks.future import hides_future
 from regard.masks.neighborhood import Neighborhood
 from regard.masks.power import PowerReach
 from regard.masks.shards import Shards
+from regard.masks.shifted_groups import ShiftedGroups
 from regard.masks.sinks import Sinks
 from regard.masks.window import Window
 from regard.operators.neighborhood import gna
@@ -106,6 +107,12 @@ def simple(n: int, m: int) -> dict[type[Mask], st.SearchStrategy[Any]]:
         Neighborhood: neighborhoods(),
         Blocks: block_charts(),
         Ahead: st.integers(0, 4).map(Ahead),
+        ShiftedGroups: st.builds(
+            ShiftedGroups,
+            st.sampled_from([2, 4, 6]),
+            st.sampled_from([0.0, 0.5, 1.0]),
+            st.booleans(),
+        ),
         Elastic: st.builds(
             Elastic, st.integers(-4, 6), st.floats(0, 1, width=16), small, st.integers(0, 2)
         ),

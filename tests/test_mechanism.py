@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from families import ENCODERS
+from torch import Tensor
 
 from regard.core.card import Card
 from regard.core.catalog import cards, treatment
@@ -16,7 +18,8 @@ from regard.plan import Plan, PlanError, Step
 from regard.testing.compare import close
 from regard.testing.patient import Patient
 from regard.testing.tiny import prompt, tiny_decoder, tiny_encoder
-from regard.testing.treatments import check_beams, check_decoding, check_padding
+from regard.testing.treatment_decoding import check_beams, check_decoding
+from regard.testing.treatments import check_padding
 from regard.treatments.mechanism import Mechanism
 
 pytest.importorskip("transformers")
@@ -148,3 +151,31 @@ def test_a_state_needs_its_prompt() -> None:
 def test_lists_are_tuples() -> None:
     made = Mechanism("s2_attention", {"local": [2, 0], "block": 2})
     assert made.run.keywords["local"] == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("operator", "everything", "less"),
+    [
+        ("paro", {"density": 1.0, "block": 4}, {"density": 0.3, "block": 4}),
+        ("gna", {"kernel": 9, "stride": 1}, {"kernel": [3, 3], "stride": 1}),
+    ],
+)
+def test_a_grid(operator: str, everything: dict[str, Any], less: dict[str, Any]) -> None:
+    """Operators on images, in a vision transformer with a class token before its 4 x 4 patches."""
+    model, inputs = ENCODERS["ViT"]()
+
+    def output(chosen: dict[str, Any] | None) -> Tensor:
+        given = {"operator": operator, "options": chosen, "grid": (4, 4), "prefix": 1}
+        steps = () if chosen is None else (Step(treatment="mechanism", options=given),)
+        with Plan(steps=steps).applied(model), torch.no_grad():
+            return model(**inputs).last_hidden_state
+
+    plain = output(None)
+    assert torch.allclose(output(everything), plain, rtol=0, atol=1e-5)
+    assert not torch.allclose(output(less), plain, rtol=0, atol=1e-4)
+
+
+def test_a_grid_that_is_not_said() -> None:
+    given = {"operator": "paro", "options": {"density": 1.0}}
+    with pytest.raises(UnsupportedError, match="option grid"):
+        Plan(steps=(Step(treatment="mechanism", options=given),)).resolve(ENCODERS["ViT"]()[0])

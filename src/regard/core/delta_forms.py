@@ -154,10 +154,9 @@ def _solved(part: Blocks, group: Group, state: Tensor) -> Solved:
         x[:, block] = torch.linalg.solve_triangular(
             systems[:, block], right.mT, upper=True, left=False, unitriangular=True
         ).mT
-        if across is None:
-            after.copy_(state)
-        else:
-            torch.mul(state, across[:, block], out=after)
+        after.copy_(state)
+        if across is not None:
+            after.mul_(across[:, block])
         after.baddbmm_(write[:, block], x[:, block])
     last = states[:, blocks].unflatten(0, (batch, heads))
     return Solved(system, x.flatten(0, 1), states[:, :blocks].flatten(0, 1), last.clone())

@@ -14,6 +14,14 @@ from regard.plan import Plan, Step
 from regard.testing.compare import close
 from regard.testing.patient import STEPS, Patient
 from regard.testing.tiny import prompt
+from regard.testing.treatment_decoding import (
+    check_beams,
+    check_decoding,
+    check_evicting_is_masking,
+    check_future,
+    check_no_padding_kept,
+    check_reordering,
+)
 
 
 def check_json(patient: Patient) -> None:
@@ -140,26 +148,6 @@ def _alone(patient: Patient, ids: Tensor, mask: Tensor, row: int) -> Tensor:
     return torch.cat(found, 1)[0]
 
 
-def check_evicting_is_masking(patient: Patient) -> None:
-    """Dropping keys gives what hiding them gives, for one-token and multi-token steps."""
-    if "keep" not in patient.card.places or not patient.decodes:
-        return
-    for chunks in ((1,) * STEPS, (3, 1, 2)):
-        dropped = patient.decoded(patient.plan(), patient.ids, chunks=chunks)
-        hidden = patient.decoded(patient.plan(), patient.ids, chunks=chunks, masked_only=True)
-        close(dropped, hidden, f"chunks {chunks}", 1e-9)
-
-
-def check_decoding(patient: Patient) -> None:
-    """Decoding token by token gives what one forward over the whole sequence gives."""
-    if "keep" in patient.card.places or not patient.decodes:
-        return
-    ids = patient.ids
-    whole = torch.cat([ids, prompt(STEPS, batch=2, seed=2)], 1)
-    expected = patient.logits(patient.plan(), whole)[:, ids.shape[1] - 1 :]
-    close(patient.decoded(patient.plan(), ids), expected, "decoding", 1e-9)
-
-
 def check_limits(patient: Patient) -> None:
     """Where the card says that it coincides with something else, it does."""
     for limit in patient.card.limits:
@@ -175,26 +163,6 @@ def check_limits(patient: Patient) -> None:
         close(got, expected, f"limit {dict(limit.options)}", 1e-9)
 
 
-def check_beams(patient: Patient) -> None:
-    """Beam search: the cache follows its beams, as hiding keys shows, or the untouched search."""
-    if not patient.decodes:
-        return
-    ids, found = patient.ids, []
-    for masked in (False, True):
-        with patient.plan().applied(patient.model, masked_only=masked), torch.no_grad():
-            found.append(
-                patient.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=STEPS,
-                    num_beams=3,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
-            )
-    assert torch.equal(found[0], found[1])
-
-
 Check = Callable[[Patient], None]
 TREATMENT_CHECKS: dict[str, Check] = {
     check.__name__.removeprefix("check_"): check
@@ -208,6 +176,9 @@ TREATMENT_CHECKS: dict[str, Check] = {
         check_evicting_is_masking,
         check_decoding,
         check_limits,
+        check_reordering,
+        check_future,
+        check_no_padding_kept,
         check_beams,
     )
 }

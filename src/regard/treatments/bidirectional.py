@@ -101,5 +101,8 @@ CARD = TreatmentCard(
         Golden("197_lastlayer_pool.pt", replay, SOURCE, "57791d5"),
         Golden("197_multilayer_pool.pt", replay, SOURCE, "57791d5"),
     ),
-    gaps={"decoding": "in one forward the earlier tokens see the later ones"},
+    gaps={
+        "decoding": "in one forward the earlier tokens see the later ones",
+        "future": "seeing later tokens is what it is for",
+    },
 )

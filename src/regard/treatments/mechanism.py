@@ -12,6 +12,7 @@ for a pretrained model, for instance:
     {"operator": "block_topk", "options": {"block": 64, "keep": 16}}
     {"operator": "pyramid_sparse", "options": {"block": 128}}, with "phases": ["prefill"]
     {"operator": "hyper_attention", "options": {"exact_below": 4096}}, with "phases": ["prefill"]
+    {"operator": "paro", "options": {"density": 0.5}, "grid": [16, 16]}, in a vision model
 
 An operator that reads cached keys decodes from the model's cache; one with a decode state (cca)
 gets the new tokens and its state, which lives beside the cache; one that cannot decode serves the
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -40,10 +42,15 @@ from regard.core.treatment import Coincides, Treatment, TreatmentCard, Trial
 
 @dataclass(frozen=True)
 class Mechanism(Treatment):
-    """operator: name of a card. options: of that operator, by name; lists stand for tuples."""
+    """operator: name of a card. options: of that operator, by name; lists stand for tuples. grid,
+    prefix: for operators on images and videos, the sides of the grid of tokens, and how many stand
+    before it.
+    """
 
     operator: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    grid: tuple[int, ...] | None = None
+    prefix: int = 0
 
     def __post_init__(self) -> None:
         known = sorted(self.card.options)
@@ -73,18 +80,22 @@ class Mechanism(Treatment):
         return frozenset(("prefill", "decode") if decodes else ("prefill",))
 
     def check(self, site: Site, heads: tuple[int, ...]) -> None:
-        """Run the operator once, on three tokens of nothing."""
+        """Run the operator once, on a few tokens of nothing."""
         who = f"mechanism({self.operator})"
         if site.cross:
             raise UnsupportedError(who, f"{site.name} is cross attention")
         pattern = "causal self" if site.causal else "noncausal self"
         if pattern not in self.card.patterns:
             raise UnsupportedError(who, f"{site.name} is {pattern}; it serves {self.card.patterns}")
-        if 1 not in self.card.grids:
-            raise UnsupportedError(who, "it needs a grid of tokens, which the model does not tell")
-        x = torch.zeros(1, len(heads), 3, 8)
+        axes = 1 if self.grid is None else len(self.grid)
+        if axes not in self.card.grids:
+            raise UnsupportedError(
+                who, f"it serves grids of {self.card.grids} axes; say which by the option grid"
+            )
+        tokens = 3 if self.grid is None else self.prefix + prod(self.grid)
+        x = torch.zeros(1, len(heads), tokens, 8)
         try:
-            self.run(x, x, x, Call(mask=Causal() if site.causal else None))
+            self.run(x, x, x, self.placed(Call(mask=Causal() if site.causal else None)))
         except TypeError as error:
             raise ArgumentError(f"options of {self.operator}", "valid types", error) from error
 
@@ -101,13 +112,20 @@ class Mechanism(Treatment):
             raise UnsupportedError(who, "the model caps or biases its scores")
         n, real = at.q.shape[2], at.call.padding
         standard = at.scale == at.q.shape[-1] ** -0.5
-        call = at.call.but(
+        call = self.placed(at.call).but(
             scale=None if standard else at.scale,
             query_padding=None if real is None else real[:, -n:],
         )
         if not (self.card.carries_state and self.card.causal and at.site.causal):
             return self.run(at.q, at.k, at.v, call).output
         return self._continued(at, call, who)
+
+    def placed(self, call: Call) -> Call:
+        """The call with the grid, if there is one, whose cells are then the positions."""
+        if self.grid is None:
+            return call
+        places = {"query_positions": None, "key_positions": None}
+        return call.but(grid=self.grid, prefix=self.prefix, **places)
 
     def _continued(self, at: Moment, call: Call, who: str) -> Tensor:
         """The new tokens alone, after the state of those before; one state per set of heads."""
