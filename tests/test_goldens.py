@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from regard.core.card import Golden
-from regard.core.catalog import cards, treatments
+from regard.core.catalog import cards, probe_cards, treatments
 from regard.testing.compare import close
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(os.environ.get("REGARD_GOLDENS", ROOT / ".." / "shared" / "goldens"))
 NAMED = [
     (name, golden)
-    for name, entry in [*cards().items(), *treatments().items()]
+    for name, entry in [*cards().items(), *treatments().items(), *probe_cards().items()]
     for golden in entry.goldens
 ]
 

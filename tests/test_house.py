@@ -26,6 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "backbones": {"core", *PARTS, "operators", "layers", "build"},
     "tasks": {"core"},
     "treatments": {"core", *PARTS, "operators"},
+    "probes": {"core", *PARTS},
+    "atlases": {"core"},
     "plan": {"core"},
     "hosts": {"core", "plan"},
     "recipes": {"core", *PARTS, "operators", "layers", "tasks", "treatments", "plan"},

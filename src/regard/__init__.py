@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ArgumentError": "regard.core.errors",
+    "Atlas": "regard.atlases.record",
     "Call": "regard.core.call",
     "Causal": "regard.core.mask",
     "Document": "regard.masks.document",
@@ -18,6 +19,7 @@ _HOMES = {
     "UnknownNameError": "regard.core.errors",
     "UnsupportedError": "regard.core.errors",
     "Window": "regard.masks.window",
+    "atlas": "regard.atlases.survey",
     "card": "regard.core.catalog",
     "cards": "regard.core.catalog",
     "create": "regard.build",
@@ -29,6 +31,8 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from regard import pocket as pocket
+    from regard.atlases.record import Atlas as Atlas
+    from regard.atlases.survey import atlas as atlas
     from regard.build import create as create
     from regard.core.call import Call as Call
     from regard.core.call import Result as Result

@@ -10,10 +10,12 @@ from types import ModuleType
 
 from regard.core.card import Card, by_name
 from regard.core.errors import UnknownNameError
+from regard.core.probe import ProbeCard
 from regard.core.treatment import TreatmentCard
 
 PACKAGES = ("regard.operators", "regard.layers")
 TREATMENTS = "regard.treatments"
+PROBES = "regard.probes"
 
 
 @cache
@@ -31,6 +33,18 @@ def treatments() -> dict[str, TreatmentCard]:
         for module in _modules(TREATMENTS)
         for c in vars(module).values()
         if isinstance(c, TreatmentCard) and c.build.__module__ == module.__name__
+    ]
+    return dict(sorted(by_name(found).items()))
+
+
+@cache
+def probe_cards() -> dict[str, ProbeCard]:
+    """Every probe of the installed package, by name, in alphabetical order."""
+    found = [
+        c
+        for module in _modules(PROBES)
+        for c in vars(module).values()
+        if isinstance(c, ProbeCard) and c.build.__module__ == module.__name__
     ]
     return dict(sorted(by_name(found).items()))
 

@@ -19,14 +19,15 @@ from regard.core.call import Call
 from regard.core.errors import ArgumentError
 from regard.core.scored import without_padding
 from regard.core.stacked import Unit, read_keys, read_queries
-from regard.core.unit import COPIES, WORKSPACE, Work, weights_of
+from regard.core.unit import COPIES, WORKSPACE, Work, visible_columns, weights_of
 from regard.core.weights import Scored, scale_of
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
     """Weights (b,h,n,m) of the queries `rows`, for these sequences and heads, on `keys` (a slice or
-    row indices); their weights on all other keys are zero.
+    row indices); their weights on all other keys are zero. visible (b or 1, h or 1, n, m): which of
+    these keys each query may see, nothing where the query is padding.
     """
 
     batch: slice
@@ -34,6 +35,7 @@ class Seen:
     rows: slice
     keys: slice | Tensor
     weights: Tensor
+    visible: Tensor
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def observe(
         own = None if bias is None else read_keys(bias, unit, 1)
         keys = read_keys(k, unit, group)
         weights, _ = weights_of(work, unit, read_queries(q, unit), keys, own)
-        yield _seen(unit, weights, call)
+        yield _seen(unit, weights, visible_columns(work, unit, q.device), call)
 
 
 def _units(work: Work, batch: int, workspace: int) -> Iterator[Unit]:
@@ -78,15 +80,21 @@ def _units(work: Work, batch: int, workspace: int) -> Iterator[Unit]:
                     yield Unit(rows, part.tiles(tile, tile + 1))
 
 
-def _seen(unit: Unit, weights: Tensor, call: Call) -> Seen:
+def _seen(unit: Unit, weights: Tensor, visible: Tensor, call: Call) -> Seen:
     stack = unit.stack
     heads = slice(stack.heads[0], stack.heads[0] + stack.span)
     rows = slice(stack.rows[0], stack.rows[0] + stack.height)
     if call.query_padding is not None:
         gone = ~call.query_padding[unit.batch, None, rows, None]
-        weights = weights.masked_fill(gone, 0.0)
+        weights, visible = weights.masked_fill(gone, 0.0), visible & ~gone
     if isinstance(stack.keys, tuple):
         return Seen(
-            unit.batch, heads, rows, slice(stack.keys[0], stack.keys[0] + stack.width), weights
+            unit.batch,
+            heads,
+            rows,
+            slice(stack.keys[0], stack.keys[0] + stack.width),
+            weights,
+            visible,
         )
-    return Seen(unit.batch, heads, rows, stack.key_index(weights.device)[0], weights)
+    keys = stack.key_index(weights.device)[0]
+    return Seen(unit.batch, heads, rows, keys, weights, visible)

@@ -150,6 +150,15 @@ def visible_of(work: Work, unit: Unit) -> Tensor | None:
     return found[(None,) * (4 - found.ndim)]
 
 
+def visible_columns(work: Work, unit: Unit, device: torch.device) -> Tensor:
+    """Visibility of every column of a unit, broadcastable to (·,span,n,m)."""
+    visible = visible_of(work, unit)
+    if visible is None:
+        shape = 1, 1, unit.stack.height, unit.stack.width
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    return _every(visible, unit.stack)
+
+
 def pairs_of(frame: Frame, unit: Unit, columns: slice = slice(None)) -> Pairs:
     """The pairs of a unit, for some of its columns."""
     stack, device = unit.stack, frame.key_positions.device

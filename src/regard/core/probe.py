@@ -1,0 +1,183 @@
+"""Probes: what a head does, measured from its attention calls without a matrix of all weights.
+
+A probe is a frozen dataclass. For each call of a layer it begins a tally, the tally is shown the
+weights tile by tile, and gives numbers per sequence and head. The same probe reads tiles streamed
+from a model (`observed`) and whole matrices (`tile`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from regard.core.card import Claim, Golden, Paper, inspect_doc
+from regard.core.errors import UnsupportedError
+from regard.core.model_scores import model_scored
+from regard.core.moment import Moment
+from regard.core.observe import Seen, observe
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """One attention call as a probe sees it.
+
+    heads: how many. queries (B,N) and keys (B,M): numbers of real tokens before each. real_queries
+    (B,N) and real_keys (B,M): False on padding. tokens (B,M): ids of the keys, where known.
+    """
+
+    heads: int
+    queries: Tensor
+    keys: Tensor
+    real_queries: Tensor
+    real_keys: Tensor
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """metrics: name -> (B,H). profiles: name -> (B,H,n), curves of a head."""
+
+    metrics: Mapping[str, Tensor]
+    profiles: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Tally(Protocol):
+    """What a probe keeps while weights pass by."""
+
+    def add(self, seen: Seen) -> None:
+        """Take in one tile."""
+        ...
+
+    def found(self) -> Finding:
+        """The numbers, once every row was seen."""
+        ...
+
+
+class Probe(Protocol):
+    """A measurement of heads."""
+
+    def begin(self, look: Look) -> Tally:
+        """A tally for one call."""
+        ...
+
+
+@dataclass(frozen=True)
+class ProbeCard:
+    """One probe: its name, what its metrics mean, where it comes from.
+
+    build: a frozen dataclass that is a Probe; its fields are the options. metrics, profiles: name
+    -> meaning, units included.
+    """
+
+    name: str
+    build: Callable[..., Probe]
+    metrics: Mapping[str, str]
+    papers: tuple[Paper, ...]
+    claim: Claim
+    profiles: Mapping[str, str] = field(default_factory=dict)
+    goldens: tuple[Golden, ...] = ()
+
+    @property
+    def doc(self) -> str:
+        """The probe file's module docstring."""
+        return inspect_doc(self.build)
+
+    @property
+    def evidence(self) -> str:
+        """Golden > exact (known answers, which the tests hold)."""
+        return "golden" if self.goldens else "exact"
+
+
+def look_at(at: Moment, tokens: Tensor | None) -> Look:
+    """A probe's view of a call whose keys are those of the dense cache."""
+    batch, m = at.q.shape[0], at.k.shape[2]
+    keys, real = (x.expand(batch, -1, m)[:, 0] for x in (at.key_positions, at.real))
+    known = tokens is not None and tokens.shape == real.shape
+    return Look(
+        at.q.shape[1],
+        at.query_positions,
+        keys,
+        at.query_real,
+        real,
+        tokens if known else None,
+    )
+
+
+def observed(at: Moment) -> Iterator[Seen]:
+    """The weights of a call, tile by tile.
+
+    Raises:
+        UnsupportedError: keys were evicted, so that each head holds its own.
+    """
+    if at.call is None:
+        raise UnsupportedError("probe", "keys were evicted; probe the model without that plan")
+    call = at.call.but(query_padding=at.query_real)
+    yield from observe(at.q, at.k, call, model_scored(at))
+
+
+def tile(weights: Tensor, causal: bool = True) -> Seen:
+    """Whole matrices (B,H,N,M) as one tile; if causal, the last query sees the last key."""
+    b, h, n, m = weights.shape
+    visible = torch.ones(1, 1, n, m, dtype=torch.bool, device=weights.device)
+    visible = visible.tril(m - n) if causal else visible
+    return Seen(slice(0, b), slice(0, h), slice(0, n), slice(0, m), weights, visible)
+
+
+def plain_look(weights: Tensor, tokens: Tensor | None = None) -> Look:
+    """The view of matrices (B,H,N,M) of a sequence without padding; the last query is the last
+    key.
+    """
+    b, h, n, m = weights.shape
+    keys = torch.arange(m).expand(b, -1)
+    every = torch.ones(b, m, dtype=torch.bool)
+    return Look(h, keys[:, m - n :], keys, every[:, m - n :], every, tokens)
+
+
+def measured(
+    probe: Probe, weights: Tensor, tokens: Tensor | None = None, *, causal: bool = True
+) -> Finding:
+    """A probe's numbers for whole matrices (B,H,N,M)."""
+    tally = probe.begin(plain_look(weights, tokens))
+    tally.add(tile(weights, causal))
+    return tally.found()
+
+
+def add_rows(total: Tensor, seen: Seen, values: Tensor) -> None:
+    """Add values (b,h,n) of a tile's rows to total (B,H,N)."""
+    total[seen.batch, seen.heads, seen.rows] += values
+
+
+def add_columns(total: Tensor, seen: Seen, values: Tensor) -> None:
+    """Add values (b,h,m) of a tile's keys to total (B,H,M)."""
+    part = total[seen.batch, seen.heads]
+    if isinstance(seen.keys, slice):
+        part[..., seen.keys] += values
+    else:
+        part.index_add_(-1, seen.keys, values)
+
+
+def of_keys(x: Tensor, seen: Seen) -> Tensor:
+    """The entries of x (B,M) that belong to a tile: (b,1,1,m)."""
+    return x[seen.batch][:, seen.keys][:, None, None]
+
+
+def of_rows(x: Tensor, seen: Seen) -> Tensor:
+    """The entries of x (B,N) that belong to a tile: (b,1,n,1)."""
+    return x[seen.batch, seen.rows][:, None, :, None]
+
+
+def mean_of_rows(values: Tensor, real: Tensor) -> Tensor:
+    """Mean of (B,H,N) over the real queries (B,N): (B,H)."""
+    kept = values.masked_fill(~real[:, None], 0.0).sum(-1)
+    return kept / real.sum(-1).clamp_min(1)[:, None]
+
+
+def zeros(look: Look, length: int, *more: Any) -> Tensor:
+    """A total (B,H,length,…) in double precision."""
+    return torch.zeros(
+        len(look.keys), look.heads, length, *more, dtype=torch.float64, device=look.keys.device
+    )

@@ -1,0 +1,1 @@
+"""Probes: what heads do, one idea per file."""
