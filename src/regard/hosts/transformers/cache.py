@@ -38,22 +38,26 @@ class KeptLayer(CacheLayerMixin):
         self.is_sliding = bool(getattr(inner, "is_sliding", False))
 
     @property
-    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride] (a view)
+    def keys(self) -> Tensor | None:
         """The keys held, (B,H_k,M,D), for readers of the library's own layers; where heads hold
         unequal numbers there is no such rectangle and M is 0 (see `held`).
         """
         return self._rectangle(0)
 
     @keys.setter
-    def keys(self, value: Tensor | None) -> None: ...
+    def keys(  # pyright: ignore[reportIncompatibleVariableOverride] (a view of what is held)
+        self, value: Tensor | None
+    ) -> None: ...
 
     @property
-    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def values(self) -> Tensor | None:
         """As keys."""
         return self._rectangle(1)
 
     @values.setter
-    def values(self, value: Tensor | None) -> None: ...
+    def values(  # pyright: ignore[reportIncompatibleVariableOverride] (as keys)
+        self, value: Tensor | None
+    ) -> None: ...
 
     def _rectangle(self, which: int) -> Tensor | None:
         if self.memory.buckets is None:
