@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import regard
 from regard.atlases.record import Atlas
 from regard.atlases.survey import atlas
+from regard.cli.main import app
 from regard.core.catalog import probe_cards
 from regard.core.errors import ArgumentError, UnknownNameError
 from regard.core.observe import Seen
@@ -199,3 +201,23 @@ def test_the_pocket_model_has_its_induction_heads() -> None:
     assert {layer for layer, _ in found.select("induction", top=4)} == {1}
     assert float(found.map("induction").max()) > 0.3
     assert found._repr_html_().count("<tr>") == 17
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    out = tmp_path / "atlas"
+    run = CliRunner().invoke(
+        app, ["atlas", "--length", "128", "--examples", "2", "--out", str(out)]
+    )
+    assert run.exit_code == 0, run.output
+    assert "induction" in run.output
+    assert Atlas.load(out).map("entropy").shape == (4, 4)
+    assert all(row.n == 2 for row in Atlas.load(out).rows if row.metric == "entropy")
+
+
+def test_the_verb_s_bad_input(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    for given in (["--length", "0"], ["--data", str(short)], ["nowhere/at-all"]):
+        run = CliRunner().invoke(app, ["atlas", *given])
+        assert run.exit_code == 2
+        assert len(run.stderr.strip().splitlines()) == 1

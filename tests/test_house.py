@@ -45,7 +45,18 @@ ALLOWED: dict[str, set[str]] = {
         "report",
     },
     "testing": {"core", *PARTS, "operators", "layers", "build", "plan"},
-    "cli": {"core", "layers", "build", "backbones", "tasks", "plan", "bench", "report", "testing"},
+    "cli": {
+        "core",
+        "layers",
+        "build",
+        "backbones",
+        "tasks",
+        "plan",
+        "atlases",
+        "bench",
+        "report",
+        "testing",
+    },
 }
 OPEN_ENDED = {"create", "task", "but", "call"}
 """Functions whose keywords are options by name, or fields of a record. (A host's functions take

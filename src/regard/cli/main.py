@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import regard
 from regard.bench.record import arguments_checked
+from regard.cli.atlas import atlas
 from regard.cli.bench import bench
 from regard.cli.compare import Compare
 from regard.cli.env import env
@@ -74,4 +75,5 @@ app.command("compare")(Compare)
 app.add_typer(bench, name="bench")
 app.add_typer(plan, name="plan")
 app.command("evaluate")(Evaluate)
+app.command("atlas")(atlas)
 app.command("env")(env)
