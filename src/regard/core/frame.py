@@ -56,13 +56,23 @@ class Frame:
         both = self.query_positions, self.key_positions
         return all(bool((x[:, 1:] - x[:, :-1] == 1).all()) for x in both)
 
-    def at(self, b: Tensor, h: Tensor, query_index: Tensor, key_index: Tensor) -> Pairs:
-        """Pairs at the given indices, which must broadcast against each other."""
+    def at(
+        self,
+        b: Tensor,
+        h: Tensor,
+        query_index: Tensor,
+        key_index: Tensor,
+        lengths: Tensor | None = None,
+    ) -> Pairs:
+        """Pairs at the given indices, which must broadcast against each other. lengths: those of
+        the frame, where they must not be computed here (a compiled kernel cannot reduce).
+        """
+        lengths = self.lengths if lengths is None else lengths
         query, key = (
             _look_up(self.query_positions, b, query_index),
             _look_up(self.key_positions, b, key_index),
         )
-        length = self.lengths[0] if self.lengths.shape[0] == 1 else self.lengths[b]
+        length = lengths[0] if lengths.shape[0] == 1 else lengths[b]
         return Pairs(
             b, h, query_index, key_index, query, key, self.heads, length, self.grid, self.prefix
         )
