@@ -70,7 +70,6 @@ class Mask:
 
     def mask_mod(self, frame: Frame) -> MaskMod:
         """The same predicate with flex_attention's signature (b, h, q_idx, kv_idx)."""
-
         lengths = frame.lengths
 
         def mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
