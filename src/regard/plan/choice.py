@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from regard.core.incoming import Chosen
 from regard.core.moment import Site
-from regard.plan.record import Numbers, PlanError, Step
+from regard.plan.step import Numbers, PlanError, Step
 
 
 def default_sites(sites: Sequence[Site]) -> list[Site]:

@@ -18,7 +18,7 @@ from regard.plan.choice import (
     default_sites,
     numbers_of,
 )
-from regard.plan.record import Plan, PlanError, Signature, said
+from regard.plan.step import PlanError, Signature, Step, Storage, said
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Resolved:
     that change nothing and are left out. storage: by attention module, its storage's options.
     """
 
-    plan: Plan
+    steps: tuple[Step, ...]
     host: Host
     sites: tuple[Site, ...]
     table: dict[str, list[Chosen]]
@@ -36,10 +36,11 @@ class Resolved:
 
     def text(self) -> str:
         """A layer x head table: each head shows the numbers of the steps that act on it."""
-        lines = [f"{i}: {said(step)}" for i, step in enumerate(self.plan.steps)]
+        lines = [f"{i}: {said(step)}" for i, step in enumerate(self.steps)]
         lines += [f"{i}: neutral, left out" for i in self.neutral]
         if self.storage:
-            lines.append(f"storage: {self.plan.storage}, {len(self.storage)} layers")
+            options = next(iter(self.storage.values()))
+            lines.append(f"storage: {options}, {len(self.storage)} layers")
         tower = ""
         for site in self.sites:
             if site.name not in self.table:
@@ -64,7 +65,9 @@ def signature(model: Any) -> Signature:
     )
 
 
-def resolved(plan: Plan, model: Any) -> Resolved:
+def resolved(
+    model: Any, steps: tuple[Step, ...], made_for: Signature | None, storage: Storage | None
+) -> Resolved:
     """See `Plan.resolve`."""
     host = host_of(model)
     sites = host.sites(model)
@@ -73,11 +76,11 @@ def resolved(plan: Plan, model: Any) -> Resolved:
         raise UnsupportedError(
             "plan", f"no attention of {type(model).__name__} can be reached ({missing})"
         )
-    if plan.made_for is not None and plan.made_for != signature(model):
-        raise PlanError("made_for", str(signature(model)), str(plan.made_for))
+    if made_for is not None and made_for != signature(model):
+        raise PlanError("made_for", str(signature(model)), str(made_for))
     table: dict[str, list[Chosen]] = {}
     neutral = []
-    for index, step in enumerate(plan.steps):
+    for index, step in enumerate(steps):
         treatment = step.build()
         if treatment.neutral:
             neutral.append(index)
@@ -89,21 +92,19 @@ def resolved(plan: Plan, model: Any) -> Resolved:
             check_phases(chosen, site)
             if not treatment.neutral:
                 table.setdefault(site.name, []).append(chosen)
-    stored = _stored(plan, sites, table)
-    return Resolved(plan, host, tuple(sites), table, tuple(neutral), stored)
+    stored = {} if storage is None else _stored(storage, sites, table)
+    return Resolved(steps, host, tuple(sites), table, tuple(neutral), stored)
 
 
 def _stored(
-    plan: Plan, sites: Sequence[Site], table: Mapping[str, Sequence[Chosen]]
+    storage: Storage, sites: Sequence[Site], table: Mapping[str, Sequence[Chosen]]
 ) -> dict[str, dict[str, Any]]:
     """The options of quantised storage, by attention module."""
-    if plan.storage is None:
-        return {}
     decoder = [s for s in default_sites(sites) if s.causal]
     if not decoder:
         raise PlanError("storage", "a model with a decoder, which has a cache", "one without")
-    layers = numbers_of(plan.storage.layers, decoder[0].layers, "storage.layers")
-    options = plan.storage.model_dump(exclude={"layers"}, exclude_none=True)
+    layers = numbers_of(storage.layers, decoder[0].layers, "storage.layers")
+    options = storage.model_dump(exclude={"layers"}, exclude_none=True)
     found = {s.name: options for s in decoder if s.layer in layers}
     for name in found:
         if any(step.touches("keep") for step in table.get(name, ())):
