@@ -4,8 +4,8 @@
      "steps": [{"treatment": "snapkv", "options": {"budget": 0.25}, "layers": "2-"},
                {"treatment": "stream", "options": {"recent": 256}, "kv_heads": "0,3"}]}
 
-`"storage": {"backend": "fp8"}` beside the steps stores what layers hold in transformers' own quantised
-layers (fp8, hqq, quanto), where no step evicts keys.
+`"storage": {"backend": "fp8"}` beside the steps stores what layers hold in transformers' own
+quantised layers (fp8, hqq, quanto), where no step evicts keys.
 
 Steps act in their order: on inputs, scores, weights and output they compose; what a head's cache
 keeps is decided by its last `keep` step alone. A step names attention modules by a glob (`modules`,
