@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import GROUPED
 from torch import Tensor
 
 from regard.core.cutting import moment_of
@@ -315,12 +316,7 @@ def test_bidirectional_is_the_model_with_an_open_mask() -> None:
 @pytest.mark.parametrize("ahead", [None, 2])
 def test_bidirectional_makes_a_window_symmetric(ahead: int | None) -> None:
     config = transformers.MistralConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **GROUPED,
         sliding_window=4,
     )
     model = transformers.MistralForCausalLM(config).double().eval()

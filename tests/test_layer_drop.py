@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import GROUPED
 from torch import Tensor
 
 from regard.core.errors import ArgumentError, UnsupportedError
@@ -134,12 +135,7 @@ def test_half_a_layer_cannot_be_dropped() -> None:
 
 def test_blocks_that_normalise_after_are_refused() -> None:
     config = transformers.Gemma2Config(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **GROUPED,
         head_dim=8,
         initializer_range=0.5,
     )

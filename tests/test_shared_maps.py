@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import GROUPED
 from torch import Tensor
 
 from regard.core.errors import ArgumentError, UnsupportedError
@@ -119,12 +120,7 @@ def test_evicted_keys_cannot_be_shared() -> None:
 
 def test_a_window_cannot_follow_full_attention() -> None:
     config = transformers.Gemma2Config(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **GROUPED,
         head_dim=8,
         sliding_window=4,
     )

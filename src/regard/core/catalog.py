@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
+from typing import TypeVar
 
 from regard.core.card import Card, by_name
 from regard.core.errors import UnknownNameError
@@ -16,63 +17,25 @@ from regard.core.treatment import TreatmentCard
 PACKAGES = ("regard.operators", "regard.layers")
 TREATMENTS = "regard.treatments"
 PROBES = "regard.probes"
+AnyCard = TypeVar("AnyCard", Card, TreatmentCard, ProbeCard)
 
 
 @cache
 def cards() -> dict[str, Card]:
     """Every card of the installed package, by name, in alphabetical order."""
-    found = [c for name in PACKAGES for module in _modules(name) for c in cards_of(module)]
-    return dict(sorted(by_name(found).items()))
+    return _walked(Card, *PACKAGES)
 
 
 @cache
 def treatments() -> dict[str, TreatmentCard]:
     """Every treatment of the installed package, by name, in alphabetical order."""
-    found = [
-        c
-        for module in _modules(TREATMENTS)
-        for c in vars(module).values()
-        if isinstance(c, TreatmentCard) and c.build.__module__ == module.__name__
-    ]
-    return dict(sorted(by_name(found).items()))
+    return _walked(TreatmentCard, TREATMENTS)
 
 
 @cache
 def probe_cards() -> dict[str, ProbeCard]:
     """Every probe of the installed package, by name, in alphabetical order."""
-    found = [
-        c
-        for module in _modules(PROBES)
-        for c in vars(module).values()
-        if isinstance(c, ProbeCard) and c.build.__module__ == module.__name__
-    ]
-    return dict(sorted(by_name(found).items()))
-
-
-def treatment(name: str) -> TreatmentCard:
-    """The treatment of that name.
-
-    Raises:
-        UnknownNameError: no such treatment; near names are suggested.
-    """
-    table = treatments()
-    if name not in table:
-        raise UnknownNameError("treatment", name, list(table))
-    return table[name]
-
-
-def _modules(package_name: str) -> Iterator[ModuleType]:
-    """Every module of a package, sub-packages included."""
-    package = importlib.import_module(package_name)
-    for info in pkgutil.walk_packages(package.__path__, package_name + "."):
-        if not info.ispkg:
-            yield importlib.import_module(info.name)
-
-
-def cards_of(module: object) -> list[Card]:
-    """Cards defined in one module: values of type Card whose method lives there."""
-    name = getattr(module, "__name__", "")
-    return [c for c in vars(module).values() if isinstance(c, Card) and c.build.__module__ == name]
+    return _walked(ProbeCard, PROBES)
 
 
 def card(name: str) -> Card:
@@ -81,7 +44,39 @@ def card(name: str) -> Card:
     Raises:
         UnknownNameError: no such card; near names are suggested.
     """
-    table = cards()
+    return _named("mechanism", name, cards())
+
+
+def treatment(name: str) -> TreatmentCard:
+    """The treatment of that name.
+
+    Raises:
+        UnknownNameError: no such treatment; near names are suggested.
+    """
+    return _named("treatment", name, treatments())
+
+
+def _named(what: str, name: str, table: dict[str, AnyCard]) -> AnyCard:
     if name not in table:
-        raise UnknownNameError("mechanism", name, list(table))
+        raise UnknownNameError(what, name, list(table))
     return table[name]
+
+
+def _walked(kind: type[AnyCard], *packages: str) -> dict[str, AnyCard]:
+    """Every card of one kind in some packages, by name: those whose method lives in their file."""
+    found = [
+        c
+        for package in packages
+        for module in _modules(package)
+        for c in vars(module).values()
+        if isinstance(c, kind) and c.build.__module__ == module.__name__
+    ]
+    return dict(sorted(by_name(found).items()))
+
+
+def _modules(package_name: str) -> Iterator[ModuleType]:
+    """Every module of a package, sub-packages included."""
+    package = importlib.import_module(package_name)
+    for info in pkgutil.walk_packages(package.__path__, package_name + "."):
+        if not info.ispkg:
+            yield importlib.import_module(info.name)

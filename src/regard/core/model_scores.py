@@ -14,6 +14,15 @@ from regard.core.scored import attend
 from regard.core.weights import Scored
 
 
+def finished(scores: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
+    """Scaled scores as the model finishes them: soft-capped, then biased (a tensor that broadcasts
+    to them).
+    """
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if bias is None else scores + bias
+
+
 def model_scored(at: Moment) -> Scored:
     """Softmax over the model's scores: soft-capped and biased as the model does it."""
     cap, bias = at.softcap, at.bias
@@ -21,13 +30,11 @@ def model_scored(at: Moment) -> Scored:
         return Scored()
 
     def score(scores: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        if cap is not None:
-            scores = cap * torch.tanh(scores / cap)
-        if bias is not None:
-            b = b if bias.shape[0] > 1 else b * 0
-            h = h if bias.shape[1] > 1 else h * 0
-            scores = scores + bias[b, h, row, column]
-        return scores
+        if bias is None:
+            return finished(scores, cap, None)
+        b = b if bias.shape[0] > 1 else b * 0
+        h = h if bias.shape[1] > 1 else h * 0
+        return finished(scores, cap, bias[b, h, row, column])
 
     return Scored(score=score, captures=() if bias is None else (bias,))
 

@@ -19,6 +19,7 @@ from regard.core.errors import UnsupportedError
 from regard.core.evicting import evict
 from regard.core.incoming import Chosen, Incoming, Memory
 from regard.core.kept import Bucket
+from regard.core.model_scores import finished
 from regard.core.moment import Held, Moment
 from regard.core.narrowing import narrowed
 from regard.core.scored import attend
@@ -155,10 +156,7 @@ def _check_last(step: Chosen, steps: Sequence[Chosen]) -> None:
 
 def scores_of(at: Moment | Held) -> Tensor:
     """Scores (B,h,N,M) of a moment: scaled, soft-capped, biased; not masked."""
-    scores = group_scores(at.q, at.k) * at.scale
-    if at.softcap is not None:
-        scores = at.softcap * torch.tanh(scores / at.softcap)
-    return scores if at.bias is None else scores + at.bias
+    return finished(group_scores(at.q, at.k) * at.scale, at.softcap, at.bias)
 
 
 def weights_of(at: Moment) -> Tensor:

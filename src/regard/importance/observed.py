@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from regard.core.cutting import picked
+from regard.core.model_scores import finished
 from regard.core.moment import Held
-from regard.core.tiled import WORKSPACE
+from regard.core.unit import WORKSPACE
 from regard.core.weights import Softmax, group_scores
 
 COPIES = 6
@@ -62,10 +63,8 @@ def _weights(held: Held, rows: Tensor | slice, there: Tensor) -> tuple[Tensor, T
     """
     heads, groups = held.q.shape[1], held.k.shape[1]
     scores = group_scores(picked(held.q, rows, len(held.q)), held.k) * held.scale
-    if held.softcap is not None:
-        scores = held.softcap * torch.tanh(scores / held.softcap)
-    if held.bias is not None:
-        scores = scores + picked(held.bias, rows, len(held.q))
+    bias = None if held.bias is None else picked(held.bias, rows, len(held.q))
+    scores = finished(scores, held.softcap, bias)
     seen = there[:, None, :, None] & held.real.repeat_interleave(heads // groups, 1)[:, :, None]
     visible = held.sees(rows)
     if visible is not None:

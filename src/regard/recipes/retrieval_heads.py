@@ -12,6 +12,7 @@ from torch import Tensor
 from regard.core.errors import ArgumentError
 from regard.core.hosting import host_of
 from regard.core.incoming import Chosen
+from regard.core.model_scores import finished
 from regard.core.moment import Moment
 from regard.core.treatment import Treatment
 from regard.core.weights import group_scores
@@ -27,10 +28,9 @@ class _Most(Treatment):
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def attention(self, at: Moment) -> None:
-        scores = group_scores(at.q[:, :, -1:], at.k)[:, :, 0] * at.scale
-        if at.bias is not None:
-            scores = scores + at.bias[:, :, -1]
-        scores = scores.masked_fill(~at.seen()[:, :, -1], float("-inf"))
+        bias = None if at.bias is None else at.bias[:, :, -1:]
+        scores = finished(group_scores(at.q[:, :, -1:], at.k) * at.scale, at.softcap, bias)
+        scores = scores[:, :, 0].masked_fill(~at.seen()[:, :, -1], float("-inf"))
         self.seen.setdefault(at.site.layer, []).append(scores.argmax(-1))
 
 

@@ -41,13 +41,18 @@ class Spread(_Record):
     high: Count
 
 
-class Timed(_Record):
-    """A mechanism at one length in one mode: how it ended, and its time where it was timed."""
+class _Cell(_Record):
+    """A mechanism, and how measuring it ended."""
 
     mechanism: Mechanism
     family: str = ""
     status: str
     reason: str = ""
+
+
+class Timed(_Cell):
+    """A mechanism at one length in one mode: how it ended, and its time where it was timed."""
+
     mode: str
     length: int
     causal: bool = False
@@ -56,26 +61,18 @@ class Timed(_Record):
     fraction: Count | None = None
 
 
-class Weighed(_Record):
+class Weighed(_Cell):
     """Peak memory of a mechanism at one length in one mode."""
 
-    mechanism: Mechanism
-    family: str = ""
-    status: str
-    reason: str = ""
     mode: str
     length: int
     peak_bytes: Count | None = None
     baseline_bytes: Count | None = None
 
 
-class Decoded(_Record):
+class Decoded(_Cell):
     """One new token after many."""
 
-    mechanism: Mechanism
-    family: str = ""
-    status: str
-    reason: str = ""
     keys: int
     through: str
     state_bytes: Count | None = None

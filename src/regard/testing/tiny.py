@@ -10,36 +10,28 @@ from torch import Tensor
 from regard.core.errors import UnsupportedError
 
 VOCABULARY = 61
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
 
 
 def tiny_decoder(*, seed: int = 0) -> Any:
     """A Llama in float64: 3 layers, 4 heads over 2 key heads of width 8."""
     transformers = _library()
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
+    config = transformers.LlamaConfig(**SHAPE, num_key_value_heads=2)
     return _built(transformers.LlamaForCausalLM, config, seed)
 
 
 def tiny_encoder(*, seed: int = 0) -> Any:
     """A BERT in float64: 3 layers, 4 heads of width 8."""
     transformers = _library()
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
+    config = transformers.BertConfig(**SHAPE)
     return _built(transformers.BertForMaskedLM, config, seed)
 
 
