@@ -188,7 +188,7 @@ def test_selecting_and_comparing(small: Atlas) -> None:
 
 
 def test_no_batches() -> None:
-    with pytest.raises(ArgumentError, match="batches"):
+    with pytest.raises(ArgumentError, match="passages"):
         atlas(tiny_decoder(), [])
 
 

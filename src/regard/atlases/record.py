@@ -13,18 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from regard.atlases.example import Example, example_from
 from regard.core.errors import ArgumentError, UnknownNameError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one head: its mean over `n` sequences."""
+    """One metric of one head, or of a whole layer (head None): its mean over `n` sequences."""
 
     tower: str
     layer: int
-    head: int
+    head: int | None
     metric: str
     value: float
     n: int
@@ -32,16 +33,27 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Atlas:
-    """What heads do. profiles: "tower/metric" -> (layers, heads, n)."""
+    """What heads do. profiles: "tower/metric" -> (layers, heads, n). notes: probe -> why it could
+    not be served. meanings: metric -> what it says. about: circumstances.
+    """
 
     model: str
     rows: tuple[Row, ...]
     profiles: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics, in the order of the probes."""
-        return list(dict.fromkeys(row.metric for row in self.rows))
+        """Names of the metrics of heads, in the order of the probes."""
+        return list(dict.fromkeys(row.metric for row in self.rows if row.head is not None))
+
+    @property
+    def layer_metrics(self) -> list[str]:
+        """Names of the metrics of layers."""
+        return list(dict.fromkeys(row.metric for row in self.rows if row.head is None))
 
     @property
     def towers(self) -> list[str]:
@@ -66,12 +78,27 @@ class Atlas:
         ):
             if name not in known:
                 raise UnknownNameError(what, name, known)
-        mine = [row for row in self.rows if row.tower == tower]
-        layers, heads = (max(x) + 1 for x in zip(*((r.layer, r.head) for r in mine), strict=True))
+        mine = [(r, r.head) for r in self.rows if r.tower == tower and r.head is not None]
+        layers, heads = (max(x) + 1 for x in zip(*((r.layer, h) for r, h in mine), strict=True))
         found = torch.full((layers, heads), float("nan"))
-        for row in mine:
+        for row, head in mine:
             if row.metric == metric:
-                found[row.layer, row.head] = row.value
+                found[row.layer, head] = row.value
+        return found
+
+    def layer_map(self, metric: str, tower: str | None = None) -> Tensor:
+        """A metric of layers as (layers,) of one tower; NaN where it was not measured.
+
+        Raises:
+            UnknownNameError: no such metric of layers.
+        """
+        tower = self.towers[0] if tower is None else tower
+        if metric not in self.layer_metrics:
+            raise UnknownNameError("metric of layers", metric, self.layer_metrics)
+        found = torch.full((1 + max(r.layer for r in self.rows if r.tower == tower),), float("nan"))
+        for row in self.rows:
+            if (row.tower, row.metric, row.head) == (tower, metric, None):
+                found[row.layer] = row.value
         return found
 
     def select(
@@ -113,7 +140,15 @@ class Atlas:
         """Write atlas.json and profiles.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"schema_version": VERSION, "model": self.model, "rows": self.table()}
+        record = {
+            "schema_version": VERSION,
+            "model": self.model,
+            "about": dict(self.about),
+            "notes": dict(self.notes),
+            "meanings": dict(self.meanings),
+            "rows": self.table(),
+            "examples": [asdict(example) for example in self.examples],
+        }
         save_file({k: v.contiguous() for k, v in self.profiles.items()}, folder / "profiles.part")
         (folder / "profiles.part").replace(folder / "profiles.safetensors")
         draft = folder / "atlas.json.part"
@@ -134,13 +169,22 @@ class Atlas:
         if record.get("schema_version") != VERSION:
             raise ArgumentError("schema_version", str(VERSION), record.get("schema_version"))
         rows = tuple(Row(**row) for row in record["rows"])
-        return cls(record["model"], rows, load_file(folder / "profiles.safetensors"))
+        return cls(
+            record["model"],
+            rows,
+            load_file(folder / "profiles.safetensors"),
+            record["notes"],
+            record["meanings"],
+            tuple(example_from(x) for x in record["examples"]),
+            record["about"],
+        )
 
     def _repr_html_(self) -> str:
         """A table of heads, one column per metric."""
         cells: dict[tuple[str, int, int], dict[str, float]] = {}
         for row in self.rows:
-            cells.setdefault((row.tower, row.layer, row.head), {})[row.metric] = row.value
+            if row.head is not None:
+                cells.setdefault((row.tower, row.layer, row.head), {})[row.metric] = row.value
         names = "".join(f"<th>{escape(name)}</th>" for name in self.metrics)
         lines = [
             f"<tr><td>{escape(tower)}</td><td>{layer}</td><td>{head}</td>"

@@ -1,111 +1,150 @@
-"""Measuring every head of a model in one pass."""
+"""Measuring every head of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from regard.atlases.examples import Strongest
+from regard.atlases.means import Gathered
 from regard.atlases.record import Atlas, Row
-from regard.core.catalog import probe_cards
-from regard.core.errors import ArgumentError
-from regard.core.hosting import host_of
-from regard.core.incoming import Chosen
-from regard.core.moment import Moment
-from regard.core.probe import Finding, Probe, Tally, look_at, observed
-from regard.core.treatment import Treatment
+from regard.atlases.watching import watch
+from regard.core.catalog import probe, probe_cards
+from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.passage import Passage, passage_of
+from regard.core.probe import Experiment, Probe, Reading
+from regard.core.scene import Scene
+
+READINGS = "readings"
+ALL = "all"
 
 
-class _Means:
-    """Sums over sequences of what was found at each site; NaN stands for nothing to measure."""
-
-    def __init__(self) -> None:
-        self.total: dict[tuple[str, int, str], Tensor] = {}
-        self.count: dict[tuple[str, int, str], Tensor] = {}
-
-    def add(self, tower: str, layer: int, values: Mapping[str, Tensor]) -> None:
-        """Take in values (B,H,…) by name."""
-        for name, x in values.items():
-            key, there = (tower, layer, name), ~x.isnan()
-            total, count = x.nan_to_num(0.0).sum(0).cpu(), there.sum(0).cpu()
-            self.total[key] = self.total.get(key, torch.zeros_like(total)) + total
-            self.count[key] = self.count.get(key, torch.zeros_like(count)) + count
-
-
-@dataclass(frozen=True, eq=False)
-class _Watching(Treatment):
-    """Shows every call to the probes; changes nothing."""
-
-    probes: Sequence[Probe]
-    metrics: _Means
-    profiles: _Means
-    tokens: list[Tensor | None]
-
-    def attention(self, at: Moment) -> None:
-        tallies: list[Tally] = [p.begin(look_at(at, self.tokens[0])) for p in self.probes]
-        for seen in observed(at):
-            for tally in tallies:
-                tally.add(seen)
-        for tally in tallies:
-            found: Finding = tally.found()
-            self.metrics.add(at.site.tower, at.site.layer, found.metrics)
-            self.profiles.add(at.site.tower, at.site.layer, found.profiles)
-
-
-@torch.no_grad()
 def atlas(
-    model: Any, batches: Iterable[Mapping[str, Any]], probes: Sequence[Probe] | None = None
+    model: Any,
+    passages: Iterable[Passage | Mapping[str, Any]],
+    probes: str | Sequence[str | Probe] = READINGS,
+    *,
+    examples: int = 3,
+    progress: Callable[[float, str], None] | None = None,
 ) -> Atlas:
-    """Measure every self-attention head of a model that a host can reach.
+    """Measure every attention head of a model that a host can reach.
 
-    batches: keyword arguments of one forward each; `input_ids` among them are the tokens that
-    copying probes compare. probes: which; None: all of the library.
+    passages: what to show it, as Passage or as keyword arguments of one forward each; `input_ids`
+    among those are the tokens that copying probes compare. probes: "readings" (those that one
+    forward serves), "all", or which ones, by name or built with options. examples: of the strongest
+    queries kept per head. progress: called with the share that is done and what is being measured.
+
+    A probe that a model or its passages cannot serve leaves its reason in the atlas's `notes`; the
+    others are kept.
 
     Raises:
-        ArgumentError: no batch.
-        UnsupportedError: a model no host knows.
+        ArgumentError: no passage, or one of padding or of one token.
+        UnknownNameError: a probe no card names.
+        UnsupportedError: a model no host knows or whose attention is not reached; no probe could
+            be served.
     """
-    chosen = [card.build() for card in probe_cards().values()] if probes is None else list(probes)
-    host = host_of(model)
-    watch = _Watching(chosen, _Means(), _Means(), [None])
-    steps = {
-        site.name: [Chosen(0, watch, tuple(range(site.heads)), frozenset({"prefill"}))]
-        for site in host.sites(model)
-        if not site.cross
+    given = tuple(passage_of(p) for p in passages)
+    if not given:
+        raise ArgumentError("passages", "at least one", 0)
+    chosen = _chosen(probes)
+    if examples < 0:
+        raise ArgumentError("examples", "0 or more", examples)
+    readings = {name: cast(Reading, p) for name, p in chosen.items() if hasattr(p, "begin")}
+    rest = {name: cast(Experiment, p) for name, p in chosen.items() if name not in readings}
+    scene, notes, began = Scene.of(model, given), {}, time.perf_counter()
+    strongest = Strongest(examples) if examples else None
+    gathered = Gathered()
+    with _evaluating(model):
+        if readings:
+            _tell(progress, 0.0, "readings")
+            gathered = watch(scene, readings, strongest, notes)
+        for index, (name, experiment) in enumerate(rest.items()):
+            _tell(progress, (index + 1) / (len(rest) + 1), name)
+            _experiment(name, experiment, scene, gathered, notes)
+    _tell(progress, 1.0, "")
+    rows = (*gathered.metrics.rows(), *gathered.layers.rows())
+    if not rows:
+        raise UnsupportedError("atlas", "; ".join(f"{k}: {v}" for k, v in notes.items()))
+    return Atlas(
+        type(model).__name__,
+        rows,
+        gathered.profiles.stacked(),
+        notes=notes,
+        meanings=_meanings(rows),
+        examples=() if strongest is None else strongest.examples(),
+        about=_about(given, time.perf_counter() - began),
+    )
+
+
+def _chosen(probes: str | Sequence[str | Probe]) -> dict[str, Probe]:
+    """The probes that are asked for, by name."""
+    if isinstance(probes, str):
+        if probes not in (READINGS, ALL):
+            raise ArgumentError("probes", f"{READINGS!r}, {ALL!r} or a sequence of probes", probes)
+        found = {n: c for n, c in probe_cards().items() if probes == ALL or c.kind == "reading"}
+        return {name: card.build() for name, card in found.items()}
+    names = {card.build: name for name, card in probe_cards().items()}
+    chosen = {
+        p if isinstance(p, str) else names.get(type(p), type(p).__name__): p
+        if not isinstance(p, str)
+        else probe(p).build()
+        for p in probes
     }
-    seen = 0
-    with host.run(model, steps):
-        for batch in batches:
-            tokens = batch.get("input_ids")
-            watch.tokens[0] = tokens if isinstance(tokens, Tensor) else None
-            model(**batch)
-            seen += 1
-    if not seen:
-        raise ArgumentError("batches", "at least one", 0)
-    return Atlas(type(model).__name__, _rows(watch.metrics), _stacked(watch.profiles))
+    if not chosen:
+        raise ArgumentError("probes", "at least one", 0)
+    return chosen
 
 
-def _rows(means: _Means) -> tuple[Row, ...]:
-    rows = []
-    for (tower, layer, metric), total in means.total.items():
-        for head, (value, n) in enumerate(
-            zip(total.tolist(), means.count[tower, layer, metric].tolist(), strict=True)
-        ):
-            rows.append(Row(tower, layer, head, metric, value / n if n else float("nan"), n))
-    return tuple(rows)
+def _experiment(
+    name: str, experiment: Experiment, scene: Scene, gathered: Gathered, notes: dict[str, str]
+) -> None:
+    """Run one experiment; what it cannot serve becomes a note."""
+    try:
+        for site, finding in experiment.run(scene):
+            gathered.add(site, finding)
+    except (UnsupportedError, ArgumentError) as error:
+        notes[name] = str(error)
 
 
-def _stacked(means: _Means) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {}
-    for (tower, layer, name), total in means.total.items():
-        mean = (total / means.count[tower, layer, name].clamp_min(1)).float()
-        found.setdefault(f"{tower}/{name}", []).append(mean)
-    longest = {key: max(x.shape[-1] for x in parts) for key, parts in found.items()}
+def _meanings(rows: Iterable[Row]) -> dict[str, str]:
+    """What each metric means, from the cards of the library."""
+    known = {
+        metric: meaning
+        for card in probe_cards().values()
+        for metric, meaning in {**card.metrics, **card.layers}.items()
+    }
+    names = dict.fromkeys(row.metric for row in rows)
+    return {name: known.get(name.partition("@")[0], "") for name in names}
+
+
+def _about(passages: Sequence[Passage], seconds: float) -> dict[str, Any]:
+    """Under which circumstances an atlas was made."""
+    tokens = [p.tokens.numel() for p in passages if p.tokens is not None]
     return {
-        key: torch.stack([F.pad(x, (0, longest[key] - x.shape[-1])) for x in parts])
-        for key, parts in found.items()
+        "passages": len(passages),
+        "tokens": sum(tokens),
+        "seconds": round(seconds, 2),
+        "torch": torch.__version__,
+        "regard": version("regard"),
     }
+
+
+def _tell(progress: Callable[[float, str], None] | None, share: float, what: str) -> None:
+    if progress is not None:
+        progress(share, what)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Inside, the model is in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -12,12 +12,14 @@ from typing import TypeVar
 from regard.core.card import Card, by_name
 from regard.core.errors import UnknownNameError
 from regard.core.probe import ProbeCard
+from regard.core.study import StudyCard
 from regard.core.treatment import TreatmentCard
 
 PACKAGES = ("regard.operators", "regard.layers")
 TREATMENTS = "regard.treatments"
 PROBES = "regard.probes"
-AnyCard = TypeVar("AnyCard", Card, TreatmentCard, ProbeCard)
+STUDIES = "regard.studies"
+AnyCard = TypeVar("AnyCard", Card, TreatmentCard, ProbeCard, StudyCard)
 
 
 @cache
@@ -38,6 +40,12 @@ def probe_cards() -> dict[str, ProbeCard]:
     return _walked(ProbeCard, PROBES)
 
 
+@cache
+def study_cards() -> dict[str, StudyCard]:
+    """Every study of the installed package, by name, in alphabetical order."""
+    return _walked(StudyCard, STUDIES)
+
+
 def card(name: str) -> Card:
     """The card of that name.
 
@@ -54,6 +62,24 @@ def treatment(name: str) -> TreatmentCard:
         UnknownNameError: no such treatment; near names are suggested.
     """
     return _named("treatment", name, treatments())
+
+
+def probe(name: str) -> ProbeCard:
+    """The probe of that name.
+
+    Raises:
+        UnknownNameError: no such probe; near names are suggested.
+    """
+    return _named("probe", name, probe_cards())
+
+
+def study(name: str) -> StudyCard:
+    """The study of that name.
+
+    Raises:
+        UnknownNameError: no such study; near names are suggested.
+    """
+    return _named("study", name, study_cards())
 
 
 def _named(what: str, name: str, table: dict[str, AnyCard]) -> AnyCard:

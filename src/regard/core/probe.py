@@ -1,15 +1,17 @@
-"""Probes: what a head does, measured from its attention calls without a matrix of all weights.
+"""Probes: what a head does, measured from its attention calls without a matrix of all weights, or
+by changing it and looking at what the model then does.
 
-A probe is a frozen dataclass. For each call of a layer it begins a tally, the tally is shown the
-weights tile by tile, and gives numbers per sequence and head. The same probe reads tiles streamed
-from a model (`observed`) and whole matrices (`tile`).
+A probe is a frozen dataclass of one of two kinds. A reading begins a tally for each call of a
+layer, is shown the weights tile by tile, and gives numbers per sequence and head; the same reading
+takes tiles streamed from a model (`observed`) and whole matrices (`tile`). An experiment is given
+the model and its passages (core/scene.py), and runs it as often as it must.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +19,20 @@ from torch import Tensor
 from regard.core.card import Claim, Golden, Paper, inspect_doc
 from regard.core.errors import UnsupportedError
 from regard.core.model_scores import model_scored
-from regard.core.moment import Moment
+from regard.core.moment import Moment, Site
 from regard.core.observe import Seen, observe
+from regard.core.scene import Scene
 
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """One attention call as a probe sees it.
+    """One attention call as a reading sees it.
 
     heads: how many. queries (B,N) and keys (B,M): numbers of real tokens before each. real_queries
-    (B,N) and real_keys (B,M): False on padding. tokens (B,M): ids of the keys, where known.
+    (B,N) and real_keys (B,M): False on padding. tokens (B,M): ids of the keys, where known. roles:
+    name -> (B,M), what keys are for, where known. grid (h,w): the keys after `prefix` others are
+    those of an image. at: the call itself, with q, k, v. output (B,H,N,E): what the heads give.
+    stream (B,N,C): the residual stream as it enters the block. cross: keys of another sequence.
     """
 
     heads: int
@@ -35,14 +41,39 @@ class Look:
     real_queries: Tensor
     real_keys: Tensor
     tokens: Tensor | None = None
+    roles: Mapping[str, Tensor] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
+    at: Moment | None = None
+    output: Tensor | None = None
+    stream: Tensor | None = None
+    cross: bool = False
+
+    def same_sequence(self, who: str) -> None:
+        """Raise UnsupportedError where queries and keys are of two sequences."""
+        if self.cross:
+            raise UnsupportedError(who, "queries and keys are of two sequences")
+
+    def role(self, name: str, who: str) -> Tensor:
+        """Which keys (B,M) have a role.
+
+        Raises:
+            UnsupportedError: nothing says so.
+        """
+        if name not in self.roles:
+            raise UnsupportedError(who, f"nothing says which keys are of role {name!r}")
+        return self.roles[name]
 
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """metrics: name -> (B,H). profiles: name -> (B,H,n), curves of a head."""
+    """metrics: name -> (B,H). profiles: name -> (B,H,n), curves of a head. layers: name -> (B,),
+    numbers of the layer as a whole. NaN where a sequence has nothing to measure.
+    """
 
-    metrics: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
     profiles: Mapping[str, Tensor] = field(default_factory=dict)
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Tally(Protocol):
@@ -57,29 +88,54 @@ class Tally(Protocol):
         ...
 
 
-class Probe(Protocol):
-    """A measurement of heads."""
+class Reading(Protocol):
+    """A measurement of heads from their weights."""
 
     def begin(self, look: Look) -> Tally:
-        """A tally for one call."""
+        """A tally for one call.
+
+        Raises:
+            UnsupportedError: the call lacks what this reading needs.
+        """
         ...
+
+
+class Experiment(Protocol):
+    """A measurement that runs the model itself."""
+
+    def run(self, scene: Scene) -> Iterator[tuple[Site, Finding]]:
+        """What was found at each site, in any number of pieces that are averaged.
+
+        Raises:
+            ArgumentError, UnsupportedError: the model or the passages lack what it needs.
+        """
+        ...
+
+
+Probe = Reading | Experiment
 
 
 @dataclass(frozen=True)
 class ProbeCard:
     """One probe: its name, what its metrics mean, where it comes from.
 
-    build: a frozen dataclass that is a Probe; its fields are the options. metrics, profiles: name
-    -> meaning, units included.
+    build: a frozen dataclass that is a Reading or an Experiment; its fields are the options.
+    metrics, profiles, layers: name -> meaning, units included.
     """
 
     name: str
     build: Callable[..., Probe]
-    metrics: Mapping[str, str]
     papers: tuple[Paper, ...]
     claim: Claim
+    metrics: Mapping[str, str] = field(default_factory=dict)
     profiles: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
     goldens: tuple[Golden, ...] = ()
+
+    @property
+    def kind(self) -> Literal["reading", "experiment"]:
+        """How it measures: by watching one forward, or by running the model itself."""
+        return "reading" if hasattr(self.build, "begin") else "experiment"
 
     @property
     def doc(self) -> str:
@@ -87,23 +143,28 @@ class ProbeCard:
         return inspect_doc(self.build)
 
     @property
+    def summary(self) -> str:
+        """First sentence of the probe's file."""
+        return " ".join(self.doc.split("\n\n")[0].split())
+
+    @property
     def evidence(self) -> str:
         """Golden > exact (known answers, which the tests hold)."""
         return "golden" if self.goldens else "exact"
 
 
-def look_at(at: Moment, tokens: Tensor | None) -> Look:
-    """A probe's view of a call whose keys are those of the dense cache."""
+def look_at(at: Moment) -> Look:
+    """A reading's view of a call whose keys are those of the dense cache."""
     batch, m = at.q.shape[0], at.k.shape[2]
     keys, real = (x.expand(batch, -1, m)[:, 0] for x in (at.key_positions, at.real))
-    known = tokens is not None and tokens.shape == real.shape
     return Look(
         at.q.shape[1],
         at.query_positions,
         keys,
         at.query_real,
         real,
-        tokens if known else None,
+        at=at,
+        cross=at.site.cross,
     )
 
 
@@ -138,9 +199,9 @@ def plain_look(weights: Tensor, tokens: Tensor | None = None) -> Look:
 
 
 def measured(
-    probe: Probe, weights: Tensor, tokens: Tensor | None = None, *, causal: bool = True
+    probe: Reading, weights: Tensor, tokens: Tensor | None = None, *, causal: bool = True
 ) -> Finding:
-    """A probe's numbers for whole matrices (B,H,N,M)."""
+    """A reading's numbers for whole matrices (B,H,N,M)."""
     tally = probe.begin(plain_look(weights, tokens))
     tally.add(tile(weights, causal))
     return tally.found()

@@ -25,6 +25,7 @@ class Copying:
     """Previous-token, duplicate-token and induction scores; the last two where ids are known."""
 
     def begin(self, look: Look) -> _Sources:
+        look.same_sequence("copying")
         return _Sources(look)
 
 

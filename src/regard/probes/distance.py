@@ -41,6 +41,7 @@ class Distance:
             raise ArgumentError("Distance", "near of at least 0, at least 2 bins", self)
 
     def begin(self, look: Look) -> _Reach:
+        look.same_sequence("distance")
         return _Reach(self, look)
 
 

@@ -1,0 +1,119 @@
+"""Watching one forward: every attention call is shown to the readings, tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.atlases.examples import Strongest
+from regard.atlases.means import Gathered
+from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.moment import Moment, Site
+from regard.core.passage import Passage
+from regard.core.probe import Look, Reading, Tally, look_at, observed
+from regard.core.scene import Scene
+from regard.core.treatment import Treatment
+
+
+@dataclass(frozen=True, eq=False)
+class Watch(Treatment):
+    """Shows every call of a forward to the readings; changes nothing. notes: why a reading could
+    not serve a tower.
+    """
+
+    readings: Mapping[str, Reading]
+    gathered: Gathered
+    strongest: Strongest | None
+    notes: dict[str, str]
+    by_domain: bool
+    now: list[tuple[int, Passage]] = field(default_factory=list)
+    streams: dict[str, Tensor] = field(default_factory=dict)
+
+    def output(self, output: Tensor, at: Moment) -> Tensor:
+        index, passage = self.now[-1]
+        look = self.look(at, output, passage)
+        tallies: list[Tally] = [*self.tallies(look, at.site)]
+        own = self.strongest is not None and not at.site.cross
+        if self.strongest is not None and own:
+            tallies.append(self.strongest.begin(look, at.site, index, passage))
+        if tallies:
+            for seen in observed(at):
+                for tally in tallies:
+                    tally.add(seen)
+        for tally in tallies:
+            domain = passage.domain if self.by_domain else ""
+            self.gathered.add(at.site, tally.found(), domain)
+        return output
+
+    def tallies(self, look: Look, site: Site) -> Iterator[Tally]:
+        """A tally of every reading that can serve this call."""
+        for name, reading in self.readings.items():
+            try:
+                yield reading.begin(look)
+            except (UnsupportedError, ArgumentError) as error:
+                self.notes.setdefault(f"{name} at {site.tower}", str(error))
+
+    def look(self, at: Moment, output: Tensor, passage: Passage) -> Look:
+        """The view of a call with what is known about the passage."""
+        look, stream = look_at(at), self.streams.get(at.site.name)
+        if at.site.cross:
+            return replace(look, output=output, stream=stream)
+        shape = look.real_keys.shape
+        known = passage.tokens is not None and passage.tokens.shape == shape
+        grid = passage.grid
+        fits = grid is not None and grid[0] * grid[1] + passage.prefix == shape[1]
+        return replace(
+            look,
+            tokens=passage.tokens if known else None,
+            roles={name: x for name, x in passage.roles.items() if x.shape == shape},
+            grid=grid if fits else None,
+            prefix=passage.prefix if fits else 0,
+            output=output,
+            stream=stream,
+        )
+
+    @contextmanager
+    def on(self, scene: Scene) -> Iterator[None]:
+        """A context in which forwards of the scene's model are watched."""
+        handles = [self._stream_of(scene.model, site) for site in scene.sites]
+        try:
+            with scene.treated(self):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _stream_of(self, model: Any, site: Site) -> Any:
+        """Let the block of a site leave here what enters it."""
+
+        def enter(module: Any, args: Any, kwargs: Any) -> None:
+            first = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(first, Tensor) and first.ndim == 3:
+                self.streams[site.name] = first
+            else:
+                self.streams.pop(site.name, None)
+
+        block = model.get_submodule(site.name.rpartition(".")[0])
+        return block.register_forward_pre_hook(enter, with_kwargs=True)
+
+
+def watch(
+    scene: Scene,
+    readings: Mapping[str, Reading],
+    strongest: Strongest | None,
+    notes: dict[str, str],
+) -> Gathered:
+    """What the readings found in all passages of a scene."""
+    domains = {passage.domain for passage in scene.passages}
+    gathered = Gathered()
+    watching = Watch(readings, gathered, strongest, notes, len(domains) > 1)
+    with torch.no_grad(), watching.on(scene):
+        for index, passage in enumerate(scene.passages):
+            watching.now[:] = [(index, passage)]
+            scene.model(**passage.inputs)
+    return gathered

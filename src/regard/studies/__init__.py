@@ -1,0 +1,1 @@
+"""Studies: findings of papers, made again at pocket size, one per file."""
