@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 
 from regard import pocket
+from regard.bench.hub import fetching, library, loading, quiet, told
 from regard.bench.record import Record
-from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.errors import ArgumentError
 from regard.tasks.vocabulary import Vocabulary
 
 POCKET = "pocket"
@@ -77,7 +77,7 @@ class Subject:
 
         weights = list(self.model.parameters())
         return SubjectRecord(
-            name=_told(self.name),
+            name=told(self.name),
             architecture=type(self.model).__name__,
             parameters=sum(weight.numel() for weight in weights),
             dtype=str(weights[0].dtype).removeprefix("torch."),
@@ -96,15 +96,15 @@ def load(name: str, device: str = "cpu") -> Subject:
     """
     place = _device(device)
     model: Any
-    library = _library()
+    foreign = library()
     if name == POCKET:
-        with _quiet(library):
+        with quiet(foreign):
             model, text = pocket.language()
     else:
-        with _loading(name), _quiet(library, Path(name).is_dir()):
-            options = _options(name)
-            text = library.AutoTokenizer.from_pretrained(name, **options)
-            model = library.AutoModelForCausalLM.from_pretrained(
+        with loading(name), quiet(foreign, Path(name).is_dir()):
+            options = fetching(name)
+            text = foreign.AutoTokenizer.from_pretrained(name, **options)
+            model = foreign.AutoModelForCausalLM.from_pretrained(
                 name, dtype="auto", use_safetensors=True, **options
             )
     return Subject(name, model.to(place).eval(), text)
@@ -116,15 +116,15 @@ def skeleton(name: str) -> Any:
     Raises:
         ArgumentError, UnsupportedError: as `load`.
     """
-    library = _library()
+    foreign = library()
     if name == POCKET:
-        with _quiet(library):
+        with quiet(foreign):
             return pocket.language()[0]
-    with _loading(name), torch.device("meta"):
-        config = library.AutoConfig.from_pretrained(name, **_options(name))
-        kind = getattr(library, (config.architectures or ["?"])[0], None)
+    with loading(name), torch.device("meta"):
+        config = foreign.AutoConfig.from_pretrained(name, **fetching(name))
+        kind = getattr(foreign, (config.architectures or ["?"])[0], None)
         if kind is None:
-            return library.AutoModelForCausalLM.from_config(config)
+            return foreign.AutoModelForCausalLM.from_config(config)
         return kind(config)
 
 
@@ -139,48 +139,6 @@ def fingerprint(model: Any) -> str:
     return found.hexdigest()[:16]
 
 
-@contextmanager
-def _quiet(library: Any, wanted: bool = True) -> Iterator[None]:
-    """Inside, the library draws no progress bars, if that is wanted: what is at hand is read in a
-    moment, what is fetched is not.
-    """
-    bars = library.utils.logging
-    if not (wanted and bars.is_progress_bar_enabled()):
-        yield
-        return
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        bars.enable_progress_bar()
-
-
-class _loading:
-    """Inside, what a foreign library raises about a model becomes an ArgumentError."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-            raise ArgumentError("MODEL", "an existing folder", name)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError)):
-            first = next((line for line in str(error).splitlines() if line), type(error).__name__)
-            expected = "'pocket', a model's folder or its name on the hub"
-            raise ArgumentError("MODEL", expected, f"{self.name} ({first})") from error
-
-
-def _options(name: str) -> dict[str, Any]:
-    return {"local_files_only": Path(name).is_dir(), "trust_remote_code": False}
-
-
-def _told(name: str) -> str:
-    """A folder is told by its last part, so that results name no one's machine."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
-
-
 def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
@@ -188,12 +146,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ArgumentError("device", "a device of this machine", f"{name} ({first})") from error
-
-
-def _library() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        lacks = "transformers is missing (pip install 'regard[transformers]')"
-        raise UnsupportedError("evaluation of models", lacks) from error
-    return transformers

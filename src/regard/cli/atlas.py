@@ -3,88 +3,144 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from regard.cli.output import console
+from regard.bench.record import Record
+from regard.cli.output import console, notice
 from regard.core.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from regard.atlases.record import Atlas
-    from regard.bench.subject import Subject
+    from regard.bench.showing.exhibit import Source
 
-BYTES_PER_TOKEN = 16
-"""Text set aside per token asked for; what is left over is not read."""
+SAVED = "atlas.json"
+PAGE = "atlas.html"
+LACKS = "cannot serve this call: "
+"""What stands before a probe's reason in its errors."""
+KINDS = ("readings", "all")
+Argument, Option = typer.Argument, typer.Option
 
 
-def atlas(
-    model: Annotated[
-        str, typer.Argument(help="pocket, a model's folder, or its name on the hub")
-    ] = "pocket",
-    data: Annotated[
-        Path | None, typer.Option(help="a text file to read [Python's documentation]")
-    ] = None,
-    length: Annotated[int, typer.Option(help="tokens per passage")] = 512,
-    examples: Annotated[int, typer.Option(help="passages")] = 4,
-    top: Annotated[int, typer.Option(help="heads to print per metric")] = 4,
-    out: Annotated[
-        Path | None, typer.Option(help="folder for atlas.json and profiles.safetensors")
-    ] = None,
-) -> None:
-    """Measure what every attention head of a model does on text.
+class Survey(Record):
+    """Measure what every attention head of a model does.
 
-    Attention sinks, entropy, distance, previous-token, duplicate-token and induction scores, from
-    weights streamed in tiles; no matrix of all weights is held.
+    MODEL is pocket; a folder that transformers, timm or diffusers saved; a name on the hub (of
+    transformers), timm:NAME or diffusers:NAME; or the folder of an atlas that was saved, which is
+    then shown instead of measured. Only safetensors are read, and no code that comes with a model
+    is run.
+
+    DATA is what the model reads, and without it what is at hand. Text: a file [Python's
+    documentation]. Pictures: a folder or a file [handwritten digits]; models that compare pictures
+    with captions get the files' names, models that answer get a question. Speech: .wav files
+    [chirps]. Diffusion: a file of prompts, one per line [random states], beside random latents.
+
+    Weights are streamed in tiles; no matrix of all weights is held. What a probe cannot measure in
+    this model or on this data is said on standard error.
 
     Example: regard atlas pocket --length 1024 --out runs/atlas
+
+    Example: regard atlas my-vit --data photos --probes sinks,entropy
+
+    Example: regard atlas runs/before --compare runs/after
     """
-    from regard.atlases.survey import atlas as measure
-    from regard.bench.subject import load
 
-    if min(length, examples, top) < 1:
-        raise ArgumentError("length, examples, top", "at least 1", (length, examples, top))
-    subject = load(model)
-    passages = _passages(subject, None if data is None else str(data), length, examples)
-    found = measure(subject.model, passages)
-    for tower in found.towers:
-        console().print(_table(found, tower, top))
-    if out is not None:
-        found.save(out)
-        console().print(f"atlas: {out / 'atlas.json'}")
+    model: Annotated[str, Argument(help="a model, or a saved atlas")] = "pocket"
+    data: Annotated[Path | None, Option(help="a file or folder to read [what is at hand]")] = None
+    domain: Annotated[
+        list[str] | None, Option(help="NAME=FILE, data of one kind; repeatable, to compare kinds")
+    ] = None
+    length: Annotated[int, Option(help="tokens per passage of text")] = 512
+    examples: Annotated[int, Option(help="passages, of each kind")] = 4
+    probes: Annotated[
+        str, Option(help="readings (one forward per passage), all, or names with commas")
+    ] = "readings"
+    examples_kept: Annotated[int, Option(help="strongest queries kept per head")] = 3
+    top: Annotated[int, Option(help="heads to print per metric")] = 4
+    compare: Annotated[
+        Path | None, Option(help="folder of a saved atlas: print the heads that differ most")
+    ] = None
+    out: Annotated[Path | None, Option(help="folder for atlas.json, profiles.safetensors and atlas.html")] = (
+        None
+    )
+    no_progress: Annotated[bool, Option("--no-progress", help="draw no progress bar")] = False
+
+    def run(self) -> None:
+        """Measure or read, print, compare, save."""
+        from regard.atlases.record import Atlas
+        from regard.cli.atlas_tables import difference_table, tower_table
+        from regard.report.atlas import write_atlas_page
+
+        if min(self.length, self.examples, self.top) < 1:
+            given = (self.length, self.examples, self.top)
+            raise ArgumentError("length, examples, top", "at least 1", given)
+        other = None if self.compare is None else Atlas.load(self.compare)
+        saved = (Path(self.model) / SAVED).is_file()
+        found = Atlas.load(self.model) if saved else self._measured()
+        for note in told(found.notes):
+            notice(note)
+        if other is None:
+            for tower in found.towers:
+                console().print(tower_table(found, tower, self.top))
+        else:
+            console().print(difference_table(found, other, self.top))
+        if self.out is not None:
+            found.save(self.out)
+            write_atlas_page(found, self.out / PAGE, other)
+            console().print(f"atlas: {self.out / SAVED}")
+            console().print(f"report: {self.out / PAGE}")
+
+    def _measured(self) -> Atlas:
+        from regard.atlases.survey import atlas
+        from regard.bench.showing.opening import open_model
+        from regard.cli.progress import share_bar
+
+        exhibit = open_model(self.model)
+        passages = exhibit.passages(self._sources(), self.examples, self.length)
+        for note in exhibit.notes:
+            notice(note)
+        with share_bar(not self.no_progress) as watch:
+            return atlas(
+                exhibit.model,
+                passages,
+                self.probes if self.probes in KINDS else _names(self.probes),
+                examples=self.examples_kept,
+                progress=watch,
+            )
+
+    def _sources(self) -> Sequence[Source]:
+        from regard.bench.showing.exhibit import Source
+
+        given = [_source(text) for text in self.domain or ()]
+        if self.data is not None or not given:
+            given.insert(0, Source(self.data))
+        return given
 
 
-def _passages(
-    subject: Subject, file: str | None, length: int, examples: int
-) -> list[dict[str, Any]]:
-    """Passages of a text, one forward each, all of the same length."""
-    import torch
-
-    from regard.tasks.corpus import corpus
-
-    text = bytes(corpus("test", file))
-    step = max(1, len(text) // examples)
-    found = []
-    for start in range(0, step * examples, step):
-        piece = text[start : start + BYTES_PER_TOKEN * length].decode(errors="ignore")
-        ids = subject.encode(piece)[:length]
-        if len(ids) < length:
-            raise ArgumentError("length", f"at most {len(ids)}, which this text holds", length)
-        found.append({"input_ids": torch.tensor([ids])})
-    return found
+def told(notes: Mapping[str, str]) -> list[str]:
+    """Why probes could not be served, those of one probe and one reason in one line."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for where, reason in notes.items():
+        probe, _, tower = where.partition(" at ")
+        places.setdefault((probe, reason.rpartition(LACKS)[2]), []).append(tower)
+    return [
+        f"{' at '.join(filter(None, (probe, ', '.join(towers))))}: {reason}"
+        for (probe, reason), towers in places.items()
+    ]
 
 
-def _table(found: Atlas, tower: str, top: int) -> Table:
-    from regard.core.catalog import probe_cards
+def _source(text: str) -> Source:
+    """A kind of data from NAME=FILE."""
+    from regard.bench.showing.exhibit import Source
 
-    meaning = {name: text for card in probe_cards().values() for name, text in card.metrics.items()}
-    table = Table(title=f"{found.model}: {tower}", title_justify="left")
-    for name in ("metric", "what", "heads with most (layer.head)", "mean"):
-        table.add_column(name, justify="right" if name == "mean" else "left")
-    for metric in found.metrics:
-        values = found.map(metric, tower)
-        chosen = found.select(metric, top=min(top, values.numel()), tower=tower)
-        heads = "  ".join(f"{layer}.{head} {values[layer, head]:.2f}" for layer, head in chosen)
-        table.add_row(metric, meaning[metric], heads, f"{values.nanmean():.2f}")
-    return table
+    name, _, file = text.partition("=")
+    if not (name and file):
+        raise ArgumentError("domain", "NAME=FILE", text)
+    return Source(Path(file), name)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

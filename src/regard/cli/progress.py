@@ -1,4 +1,4 @@
-"""The progress bar of a comparison, on standard error."""
+"""The progress bars of a comparison and of an atlas, on standard error."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ def progress_bar(wanted: bool) -> Iterator[Callable[[Moment], None]]:
             bar.update(
                 task, completed=moment.done, total=moment.total, description=_description(moment)
             )
+
+        yield watch
+
+
+@contextmanager
+def share_bar(wanted: bool) -> Iterator[Callable[[float, str], None]]:
+    """A watch that draws the share that is done and what is being done; drawn as `progress_bar`."""
+    what_now = TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), what_now)
+    shown = wanted and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def watch(share: float, what: str) -> None:
+            bar.update(task, completed=share, description=what)
 
         yield watch
 
