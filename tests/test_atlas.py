@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from regard.cli.main import app
 from regard.core.catalog import probe_cards
 from regard.core.errors import ArgumentError, UnknownNameError
 from regard.core.observe import Seen
-from regard.core.probe import Probe, measured, plain_look
+from regard.core.passage import Passage
+from regard.core.probe import Finding, Look, Reading, measured, plain_look, tile
 from regard.probes.copying import Copying
 from regard.probes.distance import Distance
 from regard.probes.entropy import Entropy
@@ -27,6 +29,11 @@ from regard.tasks.induction import Induction
 from regard.testing.tiny import prompt, tiny_decoder, tiny_encoder
 
 N = 16
+ELSEWHERE = {"drains", "contribution", "rings"}
+"""Readings that ask for more than weights, tokens and streams: tests/test_readings.py has them."""
+READINGS = [
+    name for name, card in probe_cards().items() if card.kind == "reading" and name not in ELSEWHERE
+]
 
 
 def uniform(n: int = N) -> Tensor:
@@ -41,7 +48,7 @@ def shifted(by: int, n: int = N) -> Tensor:
     return torch.nn.functional.one_hot(keys, n).float()[None, None]
 
 
-def number(probe: Probe, weights: Tensor, metric: str, tokens: Tensor | None = None) -> float:
+def number(probe: Reading, weights: Tensor, metric: str, tokens: Tensor | None = None) -> float:
     return float(measured(probe, weights, tokens).metrics[metric])
 
 
@@ -87,26 +94,50 @@ def test_induction_and_duplicate_heads() -> None:
     assert math.isnan(number(Copying(), uniform(), "induction", torch.arange(N)[None]))
 
 
-@pytest.mark.parametrize("name", probe_cards())
+def image_of(tokens: Tensor) -> Tensor:
+    """A stretch of every sequence (B,N) that is taken for an image."""
+    place = torch.arange(tokens.shape[1])
+    return ((place >= 2) & (place < 6)).expand(tokens.shape)
+
+
+def full_look(weights: Tensor, tokens: Tensor, stream: Tensor | None = None) -> Look:
+    """All that a reading may ask of a call; stream (B,N,C): random numbers, unless it is given."""
+    if stream is None:
+        source = torch.Generator().manual_seed(0)
+        stream = torch.randn(*tokens.shape, 8, generator=source, dtype=torch.float64)
+    look = plain_look(weights, tokens)
+    return replace(look, roles={"image": image_of(tokens)}, stream=stream)
+
+
+def of_matrices(
+    probe: Reading, weights: Tensor, tokens: Tensor, stream: Tensor | None = None
+) -> Finding:
+    """A reading's numbers for whole causal matrices (B,H,N,N)."""
+    tally = probe.begin(full_look(weights, tokens, stream))
+    tally.add(tile(weights))
+    return tally.found()
+
+
+@pytest.mark.parametrize("name", READINGS)
 def test_heads_permute_with_their_numbers(name: str) -> None:
     weights = torch.rand(2, 4, N, N, dtype=torch.float64).tril()
     weights = weights / weights.sum(-1, keepdim=True)
     tokens = torch.randint(0, 4, (2, N))
     order = torch.tensor([2, 0, 3, 1])
     probe = probe_cards()[name].build()
-    plain, mixed = (measured(probe, w, tokens) for w in (weights, weights[:, order]))
+    plain, mixed = (of_matrices(probe, w, tokens) for w in (weights, weights[:, order]))
     for key, values in plain.metrics.items():
         assert torch.equal(mixed.metrics[key], values[:, order])
     for key, values in plain.profiles.items():
         assert torch.equal(mixed.profiles[key], values[:, order])
 
 
-@pytest.mark.parametrize("name", probe_cards())
+@pytest.mark.parametrize("name", READINGS)
 def test_tiles_add_up_to_the_whole(name: str) -> None:
     weights = torch.rand(2, 4, N, N, dtype=torch.float64).tril()
     tokens = torch.randint(0, 4, (2, N))
     probe = probe_cards()[name].build()
-    tally = probe.begin(plain_look(weights, tokens))
+    tally = probe.begin(full_look(weights, tokens))
     for start in (0, 6, 12):
         for h in (0, 2):
             rows, heads = slice(start, min(start + 6, N)), slice(h, h + 2)
@@ -114,7 +145,7 @@ def test_tiles_add_up_to_the_whole(name: str) -> None:
             part = weights[:, heads, rows, : rows.stop]
             seen = torch.ones(N, N, dtype=torch.bool).tril()[None, None, rows, : rows.stop]
             tally.add(Seen(slice(0, 2), heads, rows, keys, part, seen))
-    whole, found = measured(probe, weights, tokens), tally.found()
+    whole, found = of_matrices(probe, weights, tokens), tally.found()
     assert set(found.metrics) <= set(probe_cards()[name].metrics)
     for key, values in whole.metrics.items():
         assert torch.allclose(found.metrics[key], values, rtol=0, atol=1e-12, equal_nan=True)
@@ -122,18 +153,23 @@ def test_tiles_add_up_to_the_whole(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def small() -> Atlas:
-    return atlas(tiny_decoder(), [{"input_ids": prompt(40, batch=2)}])
+    ids = prompt(40, batch=2)
+    return atlas(tiny_decoder(), [Passage({"input_ids": ids}, ids, roles={"image": image_of(ids)})])
 
 
-def dense_metrics(model: Any, ids: Tensor, probe: Probe) -> Tensor:
+def dense_metrics(model: Any, ids: Tensor, probe: Reading) -> Tensor:
     """A probe on the weights the library itself returns, (layers, B, H) of its first metric."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        maps = model(ids, output_attentions=True).attentions
-    return torch.stack([next(iter(measured(probe, w, ids).metrics.values())) for w in maps])
+        given = model(ids, output_attentions=True, output_hidden_states=True)
+    found = [
+        of_matrices(probe, weights, ids, stream)
+        for weights, stream in zip(given.attentions, given.hidden_states, strict=False)
+    ]
+    return torch.stack([next(iter(finding.metrics.values())) for finding in found])
 
 
-@pytest.mark.parametrize("name", probe_cards())
+@pytest.mark.parametrize("name", READINGS)
 def test_streamed_as_from_whole_matrices(name: str, small: Atlas) -> None:
     probe = probe_cards()[name].build()
     metric = next(iter(probe_cards()[name].metrics))
@@ -221,3 +257,21 @@ def test_the_verb_s_bad_input(tmp_path: Path) -> None:
         run = CliRunner().invoke(app, ["atlas", *given])
         assert run.exit_code == 2
         assert len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_examples_count_real_tokens(left: bool) -> None:
+    """Spans of the strongest examples start where the keys' own numbers say, padded or not."""
+    ids, gap = prompt(30), torch.zeros(1, 10, dtype=torch.long)
+    padded = torch.cat([gap, ids] if left else [ids, gap], 1)
+    mask = torch.cat([gap, gap.new_ones(1, 30)] if left else [gap.new_ones(1, 30), gap], 1)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    batch = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+    alone = atlas(tiny_decoder(), [{"input_ids": ids}]).examples
+    together = atlas(tiny_decoder(), [batch]).examples
+    assert alone
+    for mine, theirs in zip(alone, together, strict=True):
+        assert (mine.query, mine.word) == (theirs.query, theirs.word)
+        for own, other in zip(mine.spans, theirs.spans, strict=True):
+            assert (own.start, own.words) == (other.start, other.words)
+            assert own.weights == pytest.approx(other.weights, abs=2e-4)

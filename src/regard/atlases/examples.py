@@ -14,6 +14,7 @@ from regard.core.moment import Site
 from regard.core.observe import Seen
 from regard.core.passage import Passage
 from regard.core.probe import Finding, Look, of_keys, of_rows
+from regard.core.tile_sums import past
 
 KEYS = 4
 """Strongest keys that are shown with their surroundings."""
@@ -59,12 +60,9 @@ class _Best:
         self.rows = torch.zeros(batch, look.heads, m, device=device)
 
     def add(self, seen: Seen) -> None:
-        keys, queries = of_keys(self.look.keys, seen), of_rows(self.look.queries, seen)
-        plain = ((keys == queries) & (self.look.grid is None)) | (keys == 0)
-        most = seen.weights.masked_fill(plain, 0.0).amax(-1)
-        if not most.numel():
+        if not seen.weights.numel():
             return
-        value, row = most.max(-1)
+        value, row = self.telling(seen).max(-1)
         part = (seen.batch, seen.heads)
         for b, h in (value > self.best[part]).nonzero().tolist():
             at = (seen.batch.start + b, seen.heads.start + h)
@@ -72,6 +70,21 @@ class _Best:
             self.query[at] = seen.rows.start + chosen
             self.rows[at] = 0.0
             self.rows[at][seen.keys] = seen.weights[b, h, chosen].float()
+
+    def telling(self, seen: Seen) -> Tensor:
+        """Largest weight of each query (b,h,n), other than on the first key and, in a text, on
+        itself.
+        """
+        keys, queries = of_keys(self.look.keys, seen), of_rows(self.look.queries, seen)
+        start = int((keys <= 0).sum(-1).amax())
+        stop = max(start, past(seen, self.look))
+        keys, weights = (
+            torch.cat([x[..., :start], x[..., stop:]], -1) for x in (keys, seen.weights)
+        )
+        plain = ((keys == queries) & (self.look.grid is None)) | (keys == 0)
+        rest = seen.weights[..., start:stop]
+        found = [x.amax(-1) for x in (weights * ~plain, rest) if x.shape[-1]]
+        return torch.stack(found).amax(0)
 
     def found(self) -> Finding:
         for b, h in (self.best > 0).nonzero().tolist():
@@ -83,7 +96,9 @@ class _Best:
         words = _words(self.passage, look, b)
         row, own = self.rows[b, h], query + look.keys.shape[1] - look.queries.shape[1]
         if look.grid is None:
-            spans = tuple(_span(row, words, *ends) for ends in _ends(row, own, look.real_keys[b]))
+            ends = _ends(row, own, look.real_keys[b])
+            first = int(look.keys[b, ends[0][0]]) - ends[0][0]
+            spans = tuple(_span(row, words, *pair, first) for pair in ends)
         else:
             spans = (_span(row, words, look.prefix, len(row)),)
         where = (self.site.tower, self.site.layer, h, self.index, int(look.queries[b, query]))
@@ -103,11 +118,12 @@ def _words(passage: Passage, look: Look, b: int) -> list[str]:
 def _ends(row: Tensor, own: int, real: Tensor) -> list[tuple[int, int]]:
     """Where the spans begin and end: around the strongest keys, and before the query."""
     strongest = [k for k in row.topk(min(KEYS, len(row))).indices.tolist() if row[k] > 0]
-    first = int(real.nonzero()[0])
+    there = real.nonzero()[:, 0]
+    first, last = int(there[0]), int(there[-1])
     wanted = [(k - AROUND, k + AROUND + 1) for k in strongest] + [(own - AROUND, own + 1)]
     found: list[tuple[int, int]] = []
     for start, end in sorted(wanted):
-        start, end = max(start, first), min(end, len(row))
+        start, end = max(start, first), min(end, last + 1)
         if found and start <= found[-1][1]:
             found[-1] = (found[-1][0], max(found[-1][1], end))
         else:
@@ -115,6 +131,7 @@ def _ends(row: Tensor, own: int, real: Tensor) -> list[tuple[int, int]]:
     return found
 
 
-def _span(row: Tensor, words: list[str], start: int, end: int) -> Span:
+def _span(row: Tensor, words: list[str], start: int, end: int, first: int = 0) -> Span:
+    """Keys from one index up to another; `first`: what turns an index into a key's number."""
     weights = tuple(round(x, 4) for x in row[start:end].tolist())
-    return Span(start, tuple(words[start:end]), weights)
+    return Span(start + first, tuple(words[start:end]), weights)

@@ -95,8 +95,8 @@ def _chosen(probes: str | Sequence[str | Probe]) -> dict[str, Probe]:
         else probe(p).build()
         for p in probes
     }
-    if not chosen:
-        raise ArgumentError("probes", "at least one", 0)
+    if not chosen or len(chosen) < len(probes):
+        raise ArgumentError("probes", "at least one, each once", list(probes))
     return chosen
 
 
@@ -105,8 +105,8 @@ def _experiment(
 ) -> None:
     """Run one experiment; what it cannot serve becomes a note."""
     try:
-        for site, finding in experiment.run(scene):
-            gathered.add(site, finding)
+        for passage, site, finding in experiment.run(scene):
+            gathered.add(site, finding, scene.domain(passage))
     except (UnsupportedError, ArgumentError) as error:
         notes[name] = str(error)
 

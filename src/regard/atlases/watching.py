@@ -15,6 +15,7 @@ from regard.atlases.means import Gathered
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.moment import Moment, Site
 from regard.core.passage import Passage
+from regard.core.passing import STREAM, block_of
 from regard.core.probe import Look, Reading, Tally, look_at, observed
 from regard.core.scene import Scene
 from regard.core.treatment import Treatment
@@ -92,13 +93,13 @@ class Watch(Treatment):
         """Let the block of a site leave here what enters it."""
 
         def enter(module: Any, args: Any, kwargs: Any) -> None:
-            first = args[0] if args else kwargs.get("hidden_states")
+            first = args[0] if args else kwargs.get(STREAM)
             if isinstance(first, Tensor) and first.ndim == 3:
                 self.streams[site.name] = first
             else:
                 self.streams.pop(site.name, None)
 
-        block = model.get_submodule(site.name.rpartition(".")[0])
+        block = model.get_submodule(block_of(site))
         return block.register_forward_pre_hook(enter, with_kwargs=True)
 
 

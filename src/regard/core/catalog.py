@@ -11,7 +11,9 @@ from typing import TypeVar
 
 from regard.core.card import Card, by_name
 from regard.core.errors import UnknownNameError
+from regard.core.lens import LensCard
 from regard.core.probe import ProbeCard
+from regard.core.searcher import SearcherCard
 from regard.core.study import StudyCard
 from regard.core.treatment import TreatmentCard
 
@@ -19,7 +21,11 @@ PACKAGES = ("regard.operators", "regard.layers")
 TREATMENTS = "regard.treatments"
 PROBES = "regard.probes"
 STUDIES = "regard.studies"
-AnyCard = TypeVar("AnyCard", Card, TreatmentCard, ProbeCard, StudyCard)
+LENSES = "regard.lenses"
+SEARCHERS = "regard.search"
+AnyCard = TypeVar(
+    "AnyCard", Card, TreatmentCard, ProbeCard, StudyCard, LensCard, SearcherCard
+)
 
 
 @cache
@@ -44,6 +50,18 @@ def probe_cards() -> dict[str, ProbeCard]:
 def study_cards() -> dict[str, StudyCard]:
     """Every study of the installed package, by name, in alphabetical order."""
     return _walked(StudyCard, STUDIES)
+
+
+@cache
+def lens_cards() -> dict[str, LensCard]:
+    """Every lens with parameters of the installed package, by name, in alphabetical order."""
+    return _walked(LensCard, LENSES)
+
+
+@cache
+def searcher_cards() -> dict[str, SearcherCard]:
+    """Every searcher of the installed package, by name, in alphabetical order."""
+    return _walked(SearcherCard, SEARCHERS)
 
 
 def card(name: str) -> Card:

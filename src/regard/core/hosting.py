@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Protocol
 
+from torch import nn
+
 from regard.core.errors import UnsupportedError
 from regard.core.incoming import Chosen
 from regard.core.moment import Site
@@ -52,6 +54,30 @@ class Host(Protocol):
     ) -> AbstractContextManager[Run]:
         """A context in which the steps, by site name, act on the model. masked_only: evicted keys
         are hidden instead of dropped. storage: options of quantised storage, by site name.
+        """
+        ...
+
+    def projection(self, model: Any, site: Site) -> nn.Module:
+        """The module that maps a site's concatenated heads (B,N,H*E) to the stream (B,N,C).
+
+        Raises:
+            UnsupportedError: none is found.
+        """
+        ...
+
+    def feed_forward(self, model: Any, site: Site) -> nn.Module:
+        """The feed-forward module of a site's block.
+
+        Raises:
+            UnsupportedError: none is found.
+        """
+        ...
+
+    def readout(self, model: Any) -> tuple[nn.Module, nn.Module]:
+        """The final norm and the unembedding, which turn the stream into logits (B,N,V).
+
+        Raises:
+            UnsupportedError: the model has none.
         """
         ...
 

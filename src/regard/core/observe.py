@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.boundary import check_qkv
 from regard.core.call import Call
 from regard.core.errors import ArgumentError
-from regard.core.scored import without_padding
+from regard.core.scored import all_real, without_padding
 from regard.core.stacked import Unit, read_keys, read_queries
 from regard.core.unit import COPIES, WORKSPACE, Work, visible_columns, weights_of
 from regard.core.weights import Scored, scale_of
+
+RUN = 32
+"""Keys whose weights are summed before sums of growing length are made of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +33,8 @@ class Seen:
     """Weights (b,h,n,m) of the queries `rows`, for these sequences and heads, on `keys` (a slice or
     row indices); their weights on all other keys are zero. visible (b or 1, h or 1, n, m): which of
     these keys each query may see, nothing where the query is padding.
+
+    What several readings ask of a tile is computed once, when first asked for.
     """
 
     batch: slice
@@ -36,6 +43,39 @@ class Seen:
     keys: slice | Tensor
     weights: Tensor
     visible: Tensor
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """What each key gets from these queries, (b,h,m)."""
+        return self.weights.sum(-2)
+
+    @cached_property
+    def logs(self) -> Tensor:
+        """w ln w of every weight (b,h,n,m); zero where w is."""
+        tiny = torch.finfo(self.weights.dtype).tiny
+        return self.weights.clamp_min(tiny).log_().mul_(self.weights)
+
+    @cached_property
+    def row_logs(self) -> Tensor:
+        """Sum of w ln w over keys, (b,h,n): minus a query's entropy, in nats."""
+        return self.logs.sum(-1)
+
+    @cached_property
+    def runs(self) -> Tensor:
+        """Weight of the tile's first 0, RUN, 2 RUN, … keys, (b,h,n,1 + m // RUN)."""
+        count = self.weights.shape[-1] // RUN
+        sums = self.weights[..., : count * RUN].unflatten(-1, (count, RUN)).sum(-1)
+        return F.pad(sums.cumsum(-1), (1, 0))
+
+    @cached_property
+    def viewers(self) -> Tensor:
+        """How many of these queries see each key, (b or 1, h or 1, m)."""
+        return self.visible.sum(-2)
+
+    @cached_property
+    def in_view(self) -> Tensor:
+        """How many of these keys each query sees, (b or 1, h or 1, n)."""
+        return self.visible.sum(-1)
 
 
 @torch.no_grad()
@@ -53,6 +93,8 @@ def observe(
     """
     check_qkv(q, k, k, call)
     q, k, _ = without_padding(q, k, k, call)
+    if call.query_padding is not None and all_real(call.query_padding):
+        call = call.but(query_padding=None)
     group = q.shape[1] // k.shape[1]
     scale = scale_of(call, method.scale, q.shape[-1])
     mask = call.visibility(method.mask)
@@ -81,20 +123,17 @@ def _units(work: Work, batch: int, workspace: int) -> Iterator[Unit]:
 
 
 def _seen(unit: Unit, weights: Tensor, visible: Tensor, call: Call) -> Seen:
+    """The tile of a unit; weights of half precision become single, so that sums over them hold."""
     stack = unit.stack
     heads = slice(stack.heads[0], stack.heads[0] + stack.span)
     rows = slice(stack.rows[0], stack.rows[0] + stack.height)
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    visible = visible.expand(-1, -1, *weights.shape[2:])
     if call.query_padding is not None:
-        gone = ~call.query_padding[unit.batch, None, rows, None]
-        weights, visible = weights.masked_fill(gone, 0.0), visible & ~gone
+        real = call.query_padding[unit.batch, None, rows, None]
+        weights, visible = weights * real, visible & real
     if isinstance(stack.keys, tuple):
-        return Seen(
-            unit.batch,
-            heads,
-            rows,
-            slice(stack.keys[0], stack.keys[0] + stack.width),
-            weights,
-            visible,
-        )
-    keys = stack.key_index(weights.device)[0]
+        keys: slice | Tensor = slice(stack.keys[0], stack.keys[0] + stack.width)
+    else:
+        keys = stack.key_index(weights.device)[0]
     return Seen(unit.batch, heads, rows, keys, weights, visible)

@@ -19,7 +19,8 @@ class Passage:
     words: their texts, one list per sequence. roles: name -> (B,N), what positions are for (image,
     needle, …). grid (h,w): the arrangement of an image's positions after `prefix` others. domain:
     the kind of data, to compare kinds. answer (B,T): what should be said next. wrong (B,): an
-    answer that should not be. scored (B,N): the tokens whose loss counts; None: all. labels (B,):
+    answer that should not be. scored: the tokens whose loss counts, (B,T)
+    of the answer if there is one, else (B,N); None: all. labels (B,):
     classes, for models that tell them. contrast: inputs of the same shape in which what matters is
     another.
     """

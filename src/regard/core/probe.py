@@ -21,6 +21,7 @@ from regard.core.errors import UnsupportedError
 from regard.core.model_scores import model_scored
 from regard.core.moment import Moment, Site
 from regard.core.observe import Seen, observe
+from regard.core.passage import Passage
 from regard.core.scene import Scene
 
 
@@ -103,8 +104,9 @@ class Reading(Protocol):
 class Experiment(Protocol):
     """A measurement that runs the model itself."""
 
-    def run(self, scene: Scene) -> Iterator[tuple[Site, Finding]]:
-        """What was found at each site, in any number of pieces that are averaged.
+    def run(self, scene: Scene) -> Iterator[tuple[Passage | None, Site, Finding]]:
+        """What was found in each passage (None: in all of them together) at each site, in any
+        number of pieces that are averaged.
 
         Raises:
             ArgumentError, UnsupportedError: the model or the passages lack what it needs.
@@ -208,16 +210,17 @@ def measured(
 
 
 def add_rows(total: Tensor, seen: Seen, values: Tensor) -> None:
-    """Add values (b,h,n) of a tile's rows to total (B,H,N)."""
+    """Add values (b,h or 1,n) of a tile's rows to total (B,H,N)."""
     total[seen.batch, seen.heads, seen.rows] += values
 
 
 def add_columns(total: Tensor, seen: Seen, values: Tensor) -> None:
-    """Add values (b,h,m) of a tile's keys to total (B,H,M)."""
+    """Add values (b or 1,h or 1,m) of a tile's keys to total (B,H,M)."""
     part = total[seen.batch, seen.heads]
     if isinstance(seen.keys, slice):
         part[..., seen.keys] += values
     else:
+        values = values.to(part.dtype).expand(*part.shape[:2], -1)
         part.index_add_(-1, seen.keys, values)
 
 

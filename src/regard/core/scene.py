@@ -7,10 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from regard.core.errors import UnsupportedError
 from regard.core.hosting import Host, host_of
 from regard.core.incoming import Chosen
@@ -59,6 +55,19 @@ class Scene:
         """The sites of self-attention."""
         return tuple(site for site in self.sites if not site.cross)
 
+    @property
+    def chain(self) -> tuple[Site, ...]:
+        """The sites of self-attention of the tower that predicts: the causal one, if there is one,
+        else the first.
+
+        Raises:
+            UnsupportedError: the model has no self-attention.
+        """
+        towers = [site.tower for site in self.own if site.causal] or [s.tower for s in self.own]
+        if not towers:
+            raise UnsupportedError("experiment", "the model has no self-attention")
+        return tuple(site for site in self.own if site.tower == towers[0])
+
     @contextmanager
     def treated(
         self, treatment: Treatment, *sites: Site, heads: Sequence[int] = ()
@@ -73,36 +82,18 @@ class Scene:
         with self.host.run(self.model, steps) as run:
             yield run
 
+    def each_head(self, treatment: Treatment, passage: Passage) -> Iterator[tuple[Site, int, Any]]:
+        """What the model gives of a passage with a treatment of one head after the other."""
+        for site in self.sites:
+            for head in range(site.heads):
+                with self.treated(treatment, site, heads=[head]):
+                    output = self.model(**passage.inputs)
+                yield site, head, output
 
-def logits_of(output: Any) -> Tensor:
-    """The scores a forward gives: of tokens (B,N,V) or of classes (B,V).
-
-    Raises:
-        UnsupportedError: it gives none.
-    """
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise UnsupportedError("experiment", "the model gives no logits")
-    return found
-
-
-def losses(logits: Tensor, passage: Passage) -> Tensor:
-    """Mean negative log-likelihood (B,) of each sequence, in nats: of its next tokens, logits
-    (B,N,V), or of its label, logits (B,V).
-
-    Raises:
-        UnsupportedError: neither tokens to predict nor labels.
-    """
-    if passage.labels is not None and logits.ndim == 2:
-        return F.cross_entropy(logits.float(), passage.labels, reduction="none")
-    tokens = passage.tokens
-    if tokens is None or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
-        raise UnsupportedError("experiment", "there are no next tokens or labels to predict")
-    real = torch.ones_like(tokens, dtype=torch.bool)
-    if passage.padding is not None and passage.padding.shape == real.shape:
-        real = passage.padding
-    kept = real[:, 1:] & real[:, :-1]
-    if passage.scored is not None:
-        kept = kept & passage.scored[:, 1:]
-    found = F.cross_entropy(logits[:, :-1].float().mT, tokens[:, 1:], reduction="none")
-    return found.masked_fill(~kept, 0.0).sum(-1) / kept.sum(-1)
+    def domain(self, passage: Passage | None) -> str:
+        """The kind of data a passage is of; empty for all of them together, and where all are of
+        one kind.
+        """
+        if passage is None or len({p.domain for p in self.passages}) < 2:
+            return ""
+        return passage.domain

@@ -25,6 +25,7 @@ from regard.core.hosting import mentions, tower_of
 from regard.core.incoming import Chosen, Incoming, Memory, split_mask
 from regard.core.moment import Site
 from regard.core.treating import treat
+from regard.hosts.parts import Parts
 
 CALL = "scaled_dot_product_attention"
 HEADS = ("num_heads", "heads", "n_heads", "num_attention_heads", "nhead")
@@ -32,7 +33,7 @@ KEY_HEADS = ("num_kv_heads", "num_key_value_heads", "kv_heads", "n_kv_heads")
 LOOKS = re.compile(r"attention|attn", re.IGNORECASE)
 
 
-class SdpaHost:
+class SdpaHost(Parts):
     """What plans need to know of models that call the fused kernel themselves."""
 
     name = "sdpa"

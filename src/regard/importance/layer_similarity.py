@@ -24,10 +24,17 @@ Drops = tuple[tuple[str, int], ...]
 
 def similarity(before: Tensor, after: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean cosine of two streams (B,N,C) over real tokens, real (B,N); a scalar."""
-    cosine = F.cosine_similarity(before, after, dim=-1)
     if real is None:
-        return cosine.mean()
-    return cosine.masked_fill(~real, 0.0).sum() / real.sum().clamp_min(1)
+        real = torch.ones(before.shape[:2], dtype=torch.bool, device=before.device)
+    count = real.sum(-1)
+    each = similarity_by_sequence(before, after, real)
+    return (each * count).sum() / count.sum().clamp_min(1)
+
+
+def similarity_by_sequence(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
+    """Mean cosine (B,) of two streams (B,N,C) over each sequence's real tokens (B,N)."""
+    cosine = F.cosine_similarity(before, after, dim=-1)
+    return cosine.masked_fill(~real, 0.0).sum(-1) / real.sum(-1).clamp_min(1)
 
 
 def similarities(stream: Sequence[Tensor], real: Tensor | None = None) -> Tensor:

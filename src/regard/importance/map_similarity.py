@@ -30,6 +30,11 @@ def map_similarity(maps: Sequence[Tensor], real: Tensor | None = None) -> Tensor
     return torch.einsum("abhx,cbhx->acbh", unit, unit).mean((2, 3))
 
 
+def head_similarity(maps: Tensor, others: Tensor) -> Tensor:
+    """Similarity (B,H) of two layers' maps (B,H,N,M), head by head."""
+    return F.cosine_similarity(maps.flatten(2), others.flatten(2), dim=-1)
+
+
 def alike(
     similarities: Tensor, threshold: float, *, skip_first: int = 1, skip_last: int = 1
 ) -> tuple[tuple[int, ...], ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from regard.core.card import Claim, Paper
 from regard.core.observe import Seen
 from regard.core.probe import Finding, Look, ProbeCard, add_rows, of_keys, of_rows, zeros
+from regard.core.tile_sums import along_keys, before, equal, past
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,25 @@ class _Sources:
         n = look.queries.shape[1]
         self.look = look
         self.previous, self.duplicate, self.induction = (zeros(look, n) for _ in range(3))
-        self.before = None if look.tokens is None else _before(look, look.tokens)
+        self.ids: tuple[Tensor, Tensor, Tensor] | None = None
+        if look.tokens is not None:
+            ids = look.tokens.unique(return_inverse=True)[1]
+            self.ids = ids, _before(look, ids), ids[:, ids.shape[1] - n :]
 
     def add(self, seen: Seen) -> None:
-        look, weights = self.look, seen.weights.double()
-        queries, keys = of_rows(look.queries, seen), of_keys(look.keys, seen)
-        add_rows(self.previous, seen, (weights * (keys == queries - 1)).sum(-1))
-        if look.tokens is None or self.before is None:
+        look = self.look
+        queries = of_rows(look.queries, seen)
+        ends = before(seen, look, queries[:, 0] + torch.tensor([-1, 0], device=queries.device))
+        add_rows(self.previous, seen, ends[..., 1] - ends[..., 0])
+        if self.ids is None:
             return
-        own = of_rows(look.tokens[:, look.tokens.shape[1] - look.queries.shape[1] :], seen)
-        same = (of_keys(look.tokens, seen) == own) & (keys < queries)
-        after = (of_keys(self.before, seen) == own) & (keys <= queries)
-        add_rows(self.duplicate, seen, (weights * same).sum(-1))
-        add_rows(self.induction, seen, (weights * after).sum(-1))
+        cut, (here, prior, own) = past(seen, look), self.ids
+        keys = of_keys(look.keys, seen)[..., cut:]
+        same, after = equal(seen, here, own), equal(seen, prior, own)
+        same[..., cut:] *= keys < queries
+        after[..., cut:] *= keys <= queries
+        add_rows(self.duplicate, seen, along_keys(seen.weights, same))
+        add_rows(self.induction, seen, along_keys(seen.weights, after))
 
     def found(self) -> Finding:
         look = self.look

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError
@@ -25,6 +26,7 @@ from regard.core.probe import (
     of_rows,
     zeros,
 )
+from regard.core.tile_sums import along_keys, before
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,25 @@ class _Reach:
         self.probe, self.look = probe, look
         self.far, self.near = zeros(look, n), zeros(look, n)
         self.bins = zeros(look, n, probe.bins)
+        powers = [2**bin for bin in range(probe.bins - 1)]
+        self.steps = torch.tensor([*powers, probe.near + 1], device=look.keys.device)
 
     def add(self, seen: Seen) -> None:
-        weights = seen.weights.double()
-        gap = (of_rows(self.look.queries, seen) - of_keys(self.look.keys, seen)).abs()
-        add_rows(self.far, seen, (weights * gap).sum(-1))
-        add_rows(self.near, seen, (weights * (gap <= self.probe.near)).sum(-1))
-        which = torch.where(gap > 0, gap.clamp_min(1).double().log2().floor().long() + 1, 0)
-        which = which.clamp_max(self.probe.bins - 1)
+        queries, keys = of_rows(self.look.queries, seen), of_keys(self.look.keys, seen)
+        dtype = seen.weights.dtype
+        add_rows(
+            self.far, seen, along_keys(seen.weights, (queries.to(dtype) - keys.to(dtype)).abs_())
+        )
+        within = self.within(seen, queries[:, 0])
+        add_rows(self.near, seen, within[..., -1])
+        ends = torch.cat([within[..., :-1], seen.weights.sum(-1, keepdim=True)], -1)
         part = self.bins[seen.batch, seen.heads, seen.rows]
-        part.scatter_add_(-1, which.expand_as(weights), weights)
+        part += ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1]))
+
+    def within(self, seen: Seen, queries: Tensor) -> Tensor:
+        """Weight (b,h,n,k) at distances below each of the steps, of queries (b,n,1)."""
+        low, high = queries - self.steps + 1, queries + self.steps
+        return before(seen, self.look, high) - before(seen, self.look, low)
 
     def found(self) -> Finding:
         real = self.look.real_queries

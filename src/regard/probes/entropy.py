@@ -30,6 +30,7 @@ from regard.core.probe import (
     tile,
     zeros,
 )
+from regard.importance.entropy_penalty import entropy_penalty, row_entropies
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,11 @@ class _Spread:
         self.mass, self.logs, self.viewers = (zeros(look, m) for _ in range(3))
 
     def add(self, seen: Seen) -> None:
-        weights = seen.weights.double()
-        terms = torch.special.xlogy(weights, weights)
-        there = seen.visible.expand_as(weights)
-        add_rows(self.rows, seen, -terms.sum(-1))
-        add_rows(self.seen, seen, there.sum(-1).double())
-        add_columns(self.mass, seen, weights.sum(-2))
-        add_columns(self.logs, seen, terms.sum(-2))
-        add_columns(self.viewers, seen, there.sum(-2).double())
+        add_rows(self.rows, seen, -seen.row_logs)
+        add_rows(self.seen, seen, seen.in_view)
+        add_columns(self.mass, seen, seen.mass)
+        add_columns(self.logs, seen, seen.logs.sum(-2))
+        add_columns(self.viewers, seen, seen.viewers)
 
     def found(self) -> Finding:
         rows, columns = self.shares()
@@ -99,6 +97,19 @@ def replay(case: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
+def replay_penalty(case: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The authors' entropies of rows, and the loss by which they keep heads in a band."""
+    maps, config = case["inputs"]["attentions"], case["config"]
+    loss = entropy_penalty(
+        maps,
+        case["inputs"]["reg_threshold_weights"],
+        margin=config["tolerance_margin_factor"],
+        weight=config["loss_coeff"],
+        reduction="sum_tokens",
+    )
+    return {"loss": loss, "entropy": row_entropies(maps)}
+
+
 CARD = ProbeCard(
     name="entropy",
     build=Entropy,
@@ -124,6 +135,12 @@ CARD = ProbeCard(
             replay,
             "https://github.com/GuoTianYu2000/Active-Dormant-Attention",
             "16b3593",
+        ),
+        Golden(
+            "83_entropy_reg.pt",
+            replay_penalty,
+            "https://github.com/Nandan91/entropy-guided-attention-llm",
+            "728944d",
         ),
     ),
 )

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regard.core.card import Claim, Golden, Paper
@@ -46,9 +45,8 @@ class _Received:
         self.mass, self.viewers = (zeros(look, look.keys.shape[1]) for _ in range(2))
 
     def add(self, seen: Seen) -> None:
-        add_columns(self.mass, seen, seen.weights.sum(-2, dtype=torch.float64))
-        viewers = seen.visible.sum(-2).expand(*seen.weights.shape[:2], -1)
-        add_columns(self.viewers, seen, viewers.double())
+        add_columns(self.mass, seen, seen.mass)
+        add_columns(self.viewers, seen, seen.viewers)
 
     def found(self) -> Finding:
         share = self.mass / self.viewers.clamp_min(1)

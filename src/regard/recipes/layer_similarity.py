@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.core.errors import ArgumentError, UnsupportedError
-from regard.core.hosting import host_of
-from regard.core.moment import Site
-from regard.importance.layer_similarity import Drops, dropped, dropped_in_turn, similarity
+from regard.core.answers import real_tokens_of
+from regard.core.errors import ArgumentError
+from regard.core.passage import passage_of
+from regard.core.scene import Scene
+from regard.importance.layer_similarity import Drops, dropped, dropped_in_turn
 from regard.plan import Plan, Step
+from regard.probes.layer_similarity import LayerSimilarity
 
-Stream = dict[str, tuple[Tensor, Tensor, Tensor]]
-"""By attention module: the stream before it, after it, and after its block (B,N,C)."""
 SUBLAYERS = ("attention", "mlp")
 
 
@@ -30,64 +29,18 @@ def sublayer_similarity(model: Any, batches: Iterable[Mapping[str, Any]]) -> dic
         ArgumentError: there is no batch.
         UnsupportedError: a block that does not add what its attention gives to its input.
     """
-    sites = [s for s in host_of(model).sites(model) if s.causal and not s.cross]
-    sums, tokens = torch.zeros(2, len(sites), dtype=torch.float64), 0
-    for batch in batches:
-        if not tokens:
-            _check_residual(model, sites, batch)
-        mask = batch.get("attention_mask")
-        real = None if mask is None else mask.bool()
-        with streams(model, sites) as found:
-            model(**batch)
-        count = found[sites[0].name][0].shape[:2].numel() if real is None else int(real.sum())
-        for index, site in enumerate(sites):
-            before, middle, after = found[site.name]
-            sums[0, index] += count * similarity(before, middle, real).double().cpu()
-            sums[1, index] += count * similarity(middle, after, real).double().cpu()
-        tokens += count
-    if not tokens:
+    scene = Scene.of(model, [passage_of(batch) for batch in batches])
+    if not scene.passages:
         raise ArgumentError("batches", "one batch or more", 0)
-    return dict(zip(SUBLAYERS, sums / tokens, strict=True))
-
-
-@contextmanager
-def streams(model: Any, sites: Iterable[Site]) -> Iterator[Stream]:
-    """A context in which a forward leaves its residual stream at every site."""
-    found: Stream = {}
-    parts: dict[str, list[Tensor]] = {}
-    handles = []
-    for site in sites:
-        seen = parts.setdefault(site.name, [])
-
-        def enter(m: Any, args: Any, kwargs: Any, seen: list[Tensor] = seen) -> None:
-            seen[:] = [args[0] if args else kwargs["hidden_states"]]
-
-        def pass_by(m: Any, args: Any, out: Any, seen: list[Tensor] = seen) -> None:
-            seen.append(seen[0] + (out[0] if isinstance(out, tuple) else out))
-
-        def leave(m: Any, args: Any, out: Any, name: str = site.name) -> None:
-            before, middle = parts[name]
-            found[name] = (before, middle, out[0] if isinstance(out, tuple) else out)
-
-        block = model.get_submodule(site.name.rpartition(".")[0])
-        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(model.get_submodule(site.name).register_forward_hook(pass_by))
-        handles.append(block.register_forward_hook(leave))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check_residual(model: Any, sites: list[Site], batch: Mapping[str, Any]) -> None:
-    """Without feed-forward parts a block must give its input plus what its attention gives."""
-    plan = drop_plan(tuple(("mlp", site.layer) for site in sites))
-    with plan.applied(model), streams(model, sites) as found:
-        model(**batch)
-    for name, (_, middle, after) in found.items():
-        if not torch.allclose(middle, after, rtol=1e-3, atol=1e-3 * float(after.abs().amax())):
-            raise UnsupportedError("layer similarity", f"the block of {name} is not pre-norm")
+    sums = {part: torch.zeros(len(scene.chain), dtype=torch.float64) for part in SUBLAYERS}
+    for passage, site, finding in LayerSimilarity().run(scene):
+        count = real_tokens_of(passage).sum(-1)
+        for part in SUBLAYERS:
+            found = finding.layers.get(f"{part}_similarity")
+            if found is not None:
+                sums[part][site.layer] += (count * found.double()).sum().cpu()
+    tokens = sum(int(real_tokens_of(passage).sum()) for passage in scene.passages)
+    return {part: total / tokens for part, total in sums.items()}
 
 
 def drop_plan(drops: Drops) -> Plan:

@@ -3,51 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.core.errors import ArgumentError
-from regard.core.moment import Moment
-from regard.core.treatment import Treatment
+from regard.core.passage import passage_of
+from regard.core.scene import Scene
 from regard.importance.map_similarity import map_similarity
 from regard.plan import Plan, Step
-from regard.recipes.watching import watched
-
-
-@dataclass(frozen=True)
-class Watch(Treatment):
-    """Changes nothing; notes the maps (B,H,N,M) of every module, and which queries are real."""
-
-    maps: dict[str, Tensor] = field(default_factory=dict)
-    real: list[Tensor] = field(default_factory=list)
-
-    def weights(self, weights: Tensor, at: Moment) -> Tensor:
-        self.maps[at.site.name] = weights.detach()
-        self.real[:] = [at.query_real]
-        return weights
+from regard.probes.map_similarity import maps_of
 
 
 @torch.no_grad()
-def layer_map_similarity(model: Any, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+def layer_map_similarity(
+    model: Any, batches: Iterable[Mapping[str, Any]], *, rows: int | None = None
+) -> Tensor:
     """Similarities (L,L) of a decoder's or an encoder's L layers, averaged over the sequences of
-    batches, each the keyword arguments of one forward; they hold all maps of a batch at once.
+    batches, each the keyword arguments of one forward; the maps of a batch are held at once: whole,
+    or of as many `rows` per sequence.
 
     Raises:
         ArgumentError: there is no batch.
     """
-    total, sequences = torch.zeros(()), 0
-    for batch in batches:
-        watch = Watch()
-        with watched(model, watch):
-            model(**batch)
-        size = len(watch.real[0])
-        total = total + size * map_similarity(list(watch.maps.values()), watch.real[0]).cpu()
-        sequences += size
-    if not sequences:
+    scene = Scene.of(model, [passage_of(batch) for batch in batches])
+    if not scene.passages:
         raise ArgumentError("batches", "one batch or more", 0)
+    total, sequences = torch.zeros(()), 0
+    for passage in scene.passages:
+        maps = maps_of(scene, passage, rows)
+        size = len(maps[0])
+        total = total + size * map_similarity(maps).cpu()
+        sequences += size
     return total / sequences
 
 

@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.core.errors import ArgumentError
-from regard.core.hosting import host_of
-from regard.core.incoming import Chosen
-from regard.core.model_scores import finished
-from regard.core.moment import Moment
-from regard.core.treatment import Treatment
-from regard.core.weights import group_scores
-from regard.importance.retrieval import Count, retrieval_score
+from regard.core.passage import Passage
+from regard.core.scene import Scene
+from regard.importance.retrieval import Count
 from regard.plan import Plan, Step
+from regard.probes.retrieval import Retrieval
 from regard.tasks.needle import Question
 
 
-@dataclass(frozen=True, eq=False)
-class _Most(Treatment):
-    """Notes the key that the newest query of each head attends to most; changes nothing."""
-
-    seen: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def attention(self, at: Moment) -> None:
-        bias = None if at.bias is None else at.bias[:, :, -1:]
-        scores = finished(group_scores(at.q[:, :, -1:], at.k) * at.scale, at.softcap, bias)
-        scores = scores[:, :, 0].masked_fill(~at.seen()[:, :, -1], float("-inf"))
-        self.seen.setdefault(at.site.layer, []).append(scores.argmax(-1))
-
-
-@torch.no_grad()
 def retrieval_scores(
     model: Any, questions: Iterable[Question], *, count: Count = "set", recall: float = 0.5
 ) -> Tensor:
@@ -44,40 +26,21 @@ def retrieval_scores(
     Raises:
         ArgumentError: there is no such question.
     """
-    total, asked = torch.zeros(()), 0
-    for question in questions:
-        most, said = _answered(model, question)
-        good = (said == question.answer).float().mean(-1) > recall
-        if not bool(good.any()):
-            continue
-        places = torch.arange(question.prompt.shape[1])
-        first = question.place[:, None]
-        needle = (places >= first) & (places < first + question.answer.shape[1])
-        scores = retrieval_score(most, question.prompt, said, needle, count)
-        total, asked = total + scores[good].sum(0), asked + int(good.sum())
-    if not asked:
-        raise ArgumentError("questions", f"one that is answered to more than {recall:.0%}", asked)
-    return total / asked
+    scene = Scene.of(model, [passage_of_question(question) for question in questions])
+    found: dict[int, list[Tensor]] = {}
+    for _, site, finding in Retrieval(count, recall).run(scene):
+        found.setdefault(site.layer, []).append(finding.metrics["retrieval"])
+    if not found:
+        raise ArgumentError("questions", "one question or more", 0)
+    return torch.stack([torch.cat(scores).nanmean(0) for scores in found.values()]).float()
 
 
-def _answered(model: Any, question: Question) -> tuple[Tensor, Tensor]:
-    """The keys attended to most (B,T,L,H) and the answer (B,T)."""
-    host, watch = host_of(model), _Most()
-    sites = [s for s in host.sites(model) if s.causal and not s.cross]
-    both = frozenset(("prefill", "decode"))
-    steps = {s.name: [Chosen(0, watch, tuple(range(s.heads)), both)] for s in sites}
-    length = question.answer.shape[1]
-    with host.run(model, steps):
-        out = model.generate(
-            question.prompt,
-            attention_mask=torch.ones_like(question.prompt),
-            max_new_tokens=length,
-            min_new_tokens=length,
-            do_sample=False,
-            pad_token_id=0,
-        )
-    layers = [torch.stack(watch.seen[s.layer], 1) for s in sites]
-    return torch.stack(layers, 2), out[:, question.prompt.shape[1] :]
+def passage_of_question(question: Question) -> Passage:
+    """A question as a passage whose needle is the answer's place."""
+    prompt, first = question.prompt, question.place[:, None]
+    places = torch.arange(prompt.shape[1])
+    needle = (places >= first) & (places < first + question.answer.shape[1])
+    return Passage({"input_ids": prompt}, prompt, roles={"needle": needle}, answer=question.answer)
 
 
 def silencing_plan(heads: Iterable[tuple[int, int]]) -> Plan:

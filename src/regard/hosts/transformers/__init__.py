@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from regard.core.incoming import Chosen
 from regard.core.moment import Site
+from regard.hosts.parts import Parts
 from regard.hosts.transformers.sites import is_model, sites_of, unreached_by
 
 if TYPE_CHECKING:
     from regard.hosts.transformers.run import Run
 
 
-class TransformersHost:
+class TransformersHost(Parts):
     """What plans need to know of transformers."""
 
     name = "transformers"

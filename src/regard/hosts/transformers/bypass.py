@@ -4,19 +4,17 @@ that the residual passes and nothing is computed or cached.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from regard.core.errors import UnsupportedError
+from regard.hosts.parts import Parts
 from regard.hosts.transformers.run import RUNS, Run
 
-MLP = re.compile(r"^(mlp|feed_forward|ffn|block_sparse_moe)$")
 _LOCK = threading.Lock()
 _COUNTS: dict[int, int] = {}
 
@@ -25,14 +23,16 @@ _COUNTS: dict[int, int] = {}
 def bypassed(run: Run) -> Iterator[None]:
     """A context in which the sub-layers that the run's steps remove are left out."""
     modules = dict(run.model.named_modules())
-    removed = {}
+    parts, removed = Parts(), {}
     for name in modules:
         site, steps = run.sites.get(id(modules[name]), (None, []))
         if site is None:
             continue
         for sublayer in {part for s in steps for part in s.treatment.removes}:
-            target = name if sublayer == "attention" else _mlp_beside(name, modules)
-            removed[id(modules[target])] = (modules[target], sublayer)
+            target = (
+                modules[name] if sublayer == "attention" else parts.feed_forward(run.model, site)
+            )
+            removed[id(target)] = (target, sublayer)
     run.removed = set(removed)
     for module, sublayer in removed.values():
         _install(module, sublayer == "attention")
@@ -41,15 +41,6 @@ def bypassed(run: Run) -> Iterator[None]:
     finally:
         for module, _ in removed.values():
             _remove(module)
-
-
-def _mlp_beside(name: str, modules: dict[str, nn.Module]) -> str:
-    """The feed-forward module of the block in which an attention module stands."""
-    parent = name.rpartition(".")[0]
-    for child, _ in modules[parent].named_children():
-        if MLP.match(child):
-            return f"{parent}.{child}"
-    raise UnsupportedError("plan", f"{parent} has no feed-forward module beside its attention")
 
 
 def _install(module: Any, attention: bool) -> None:
