@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from regard.report.units import percent
+from regard.report.units import minus, percent
 
+FAR = 300.0
+"""Positive values this many times apart are shown on a logarithmic axis."""
 DENSE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # multiples of powers of ten on a short logarithmic axis
 
 
@@ -57,6 +59,34 @@ def log_axis(
         if len(marked) <= most:
             break
     return Axis(low, high, tuple(Tick(value, text(value)) for value in marked), log=True)
+
+
+def linear_axis(values: Sequence[float], *, most: int = 6, whole: bool = False) -> Axis:
+    """A linear axis around values, from tick to tick.
+
+    most: steps between ticks, about. whole: only whole numbers are marked.
+    """
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value has no extent
+        margin = 1.0 if whole else 0.1 * abs(low) or 1.0
+        low, high = low - margin * (not whole), high + margin
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    step = max(1.0, step) if whole else step
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    marked = [step * i for i in range(first, last + 1)]
+    digits = max(0, -math.floor(math.log10(step)))
+    exponent = max(abs(marked[0]), abs(marked[-1])) >= 1e6 or step < 1e-4
+    ticks = tuple(Tick(v, f"{v:.2g}" if exponent else f"{v:,.{digits}f}") for v in marked)
+    return Axis(marked[0], marked[-1], tuple(Tick(t.value, minus(t.text)) for t in ticks))
+
+
+def fitting_axis(values: Sequence[float], *, most: int = 6, whole: bool = False) -> Axis:
+    """A linear axis, or a logarithmic one where positive values lie far apart."""
+    if min(values) > 0 and max(values) / min(values) > FAR:
+        return log_axis(values, lambda value: f"{value:g}", most=most)
+    return linear_axis(values, most=most, whole=whole)
 
 
 def accuracy_axis(lowest: float) -> Axis:

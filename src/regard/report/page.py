@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -17,13 +17,15 @@ from regard.core.errors import ArgumentError
 from regard.report import units
 
 
-def page(template: str, context: Mapping[str, object]) -> str:
+def page(template: str, context: Mapping[str, object], own: Sequence[str] = ()) -> str:
     """The HTML of a template that extends page.html.j2, with style, script and policy put in.
 
     Everything in `context` is escaped, save what is marked as safe; a name the template uses and
-    the context lacks is an error.
+    the context lacks is an error. own: style and script files that this template has besides those
+    of every page.
     """
-    style, script = _source("page.css"), _source("page.js")
+    style = "\n".join(_source(name) for name in ("page.css", *own) if name.endswith(".css"))
+    script = "\n".join(_source(name) for name in ("page.js", *own) if name.endswith(".js"))
     shell = {"style": Markup(style), "script": Markup(script), "policy": policy(script)}
     return _environment().get_template(template).render({**context, **shell})
 
@@ -85,6 +87,7 @@ def _environment() -> Environment:
         byte_size=units.byte_size,
         amount=units.amount,
         duration=units.duration,
+        short=units.short,
         code=code,
     )
     return environment

@@ -44,6 +44,16 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
+def short(value: float) -> str:
+    """A number to three digits, a dash where there is none."""
+    return "–" if math.isnan(value) else minus(f"{value:.3g}")
+
+
+def minus(text: str) -> str:
+    """A number's text with a true minus sign."""
+    return text.replace("-", "\u2212")
+
+
 def _power(count: float, base: int, prefixes: int) -> int:
     """Largest power of `base` not above `count` for which there is a prefix."""
     power = 0
