@@ -14,14 +14,28 @@ import pytest
 import torch
 
 from regard.core.card import Golden
-from regard.core.catalog import cards, probe_cards, study_cards, treatments
+from regard.core.catalog import (
+    cards,
+    lens_cards,
+    probe_cards,
+    searcher_cards,
+    study_cards,
+    treatments,
+)
 from regard.testing.compare import close
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(os.environ.get("REGARD_GOLDENS", ROOT / ".." / "shared" / "goldens"))
 NAMED = [
     (name, golden)
-    for table in (cards(), treatments(), probe_cards(), study_cards())
+    for table in (
+        cards(),
+        treatments(),
+        probe_cards(),
+        study_cards(),
+        lens_cards(),
+        searcher_cards(),
+    )
     for name, entry in table.items()
     for golden in entry.goldens
 ]

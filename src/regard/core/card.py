@@ -117,8 +117,25 @@ class Claim:
     command: str
 
 
+class Documented:
+    """What the file of a card's method says of it."""
+
+    build: Any
+
+    @property
+    def doc(self) -> str:
+        """The file's module docstring: the idea, and the formula."""
+        module = inspect.getmodule(self.build)
+        return inspect.cleandoc(module.__doc__ or "") if module else ""
+
+    @property
+    def summary(self) -> str:
+        """Its first sentence."""
+        return " ".join(self.doc.split("\n\n")[0].split())
+
+
 @dataclass(frozen=True)
-class Card:
+class Card(Documented):
     """One method. Its `name` is the paper's short name in snake_case, unique, and the key in plans,
     tables and commands.
 
@@ -176,16 +193,6 @@ class Card:
         )
 
     @property
-    def doc(self) -> str:
-        """The method file's module docstring: what differs, and the formula."""
-        return inspect_doc(self.build)
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the method file."""
-        return " ".join(self.doc.split("\n\n")[0].split())
-
-    @property
     def options(self) -> dict[str, inspect.Parameter]:
         """Options of the method by name, with their defaults and annotations."""
         fixed = {"self", "q", "k", "v", "x", "call", "state", "dim", "heads", "head_dim"}
@@ -194,12 +201,6 @@ class Card:
             for name, p in inspect.signature(self.build).parameters.items()
             if name not in fixed
         }
-
-
-def inspect_doc(build: object) -> str:
-    """Docstring of the module in which something is defined."""
-    module = inspect.getmodule(build)
-    return inspect.cleandoc(module.__doc__ or "") if module else ""
 
 
 def operator_call(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,9 +23,7 @@ PROBES = "regard.probes"
 STUDIES = "regard.studies"
 LENSES = "regard.lenses"
 SEARCHERS = "regard.search"
-AnyCard = TypeVar(
-    "AnyCard", Card, TreatmentCard, ProbeCard, StudyCard, LensCard, SearcherCard
-)
+AnyCard = TypeVar("AnyCard", Card, TreatmentCard, ProbeCard, StudyCard, LensCard, SearcherCard)
 
 
 @cache

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from regard.core.card import Claim, Golden, Paper, inspect_doc
+from regard.core.card import Claim, Documented, Golden, Paper
 
 
 @dataclass(frozen=True)
-class LensCard:
+class LensCard(Documented):
     """One instrument: what builds it, where it comes from, and its goldens."""
 
     name: str
@@ -18,13 +18,3 @@ class LensCard:
     papers: tuple[Paper, ...]
     claim: Claim
     goldens: tuple[Golden, ...] = ()
-
-    @property
-    def doc(self) -> str:
-        """The lens file's module docstring."""
-        return inspect_doc(self.build)
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the lens file."""
-        return " ".join(self.doc.split("\n\n")[0].split())

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from regard.core.card import Claim, Golden, Paper, inspect_doc
+from regard.core.card import Claim, Documented, Golden, Paper
 from regard.core.errors import UnsupportedError
 from regard.core.model_scores import model_scored
 from regard.core.moment import Moment, Site
@@ -118,7 +118,7 @@ Probe = Reading | Experiment
 
 
 @dataclass(frozen=True)
-class ProbeCard:
+class ProbeCard(Documented):
     """One probe: its name, what its metrics mean, where it comes from.
 
     build: a frozen dataclass that is a Reading or an Experiment; its fields are the options.
@@ -138,16 +138,6 @@ class ProbeCard:
     def kind(self) -> Literal["reading", "experiment"]:
         """How it measures: by watching one forward, or by running the model itself."""
         return "reading" if hasattr(self.build, "begin") else "experiment"
-
-    @property
-    def doc(self) -> str:
-        """The probe file's module docstring."""
-        return inspect_doc(self.build)
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the probe's file."""
-        return " ".join(self.doc.split("\n\n")[0].split())
 
     @property
     def evidence(self) -> str:

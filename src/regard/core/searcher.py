@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from regard.core.card import Claim, Golden, Paper, inspect_doc
+from regard.core.card import Claim, Documented, Golden, Paper
 
 Finds = Literal["plan", "model", "samples"]
 
 
 @dataclass(frozen=True)
-class SearcherCard:
+class SearcherCard(Documented):
     """One searcher. build: the function, or the frozen dataclass of its options, that searches.
     finds: what comes of it.
     """
@@ -23,13 +23,3 @@ class SearcherCard:
     papers: tuple[Paper, ...]
     claim: Claim
     goldens: tuple[Golden, ...] = ()
-
-    @property
-    def doc(self) -> str:
-        """The searcher file's module docstring."""
-        return inspect_doc(self.build)
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the searcher's file."""
-        return " ".join(self.doc.split("\n\n")[0].split())

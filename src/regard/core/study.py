@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from regard.core.card import Claim, Golden, Paper, inspect_doc
+from regard.core.card import Claim, Documented, Golden, Paper
 
 Progress = Callable[[float], None]
 """Told the share that is done, from 0 to 1."""
@@ -79,7 +79,7 @@ class Study(Protocol):
 
 
 @dataclass(frozen=True)
-class StudyCard:
+class StudyCard(Documented):
     """One study. build: a frozen dataclass that is a Study, its fields the options. seconds: about
     how long its default takes on two cores. small: options with which it runs in a second or two,
     for tests of the machinery (its bounds need not hold then).
@@ -92,13 +92,3 @@ class StudyCard:
     seconds: int
     small: Mapping[str, Any] = field(default_factory=dict)
     goldens: tuple[Golden, ...] = ()
-
-    @property
-    def doc(self) -> str:
-        """The study file's module docstring."""
-        return inspect_doc(self.build)
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the study file."""
-        return " ".join(self.doc.split("\n\n")[0].split())

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from regard.core.card import Claim, Golden, Paper, inspect_doc
+from regard.core.card import Claim, Documented, Golden, Paper
 from regard.core.moment import Held, Moment, Phase, Site
 
 Sublayer = Literal["attention", "mlp"]
@@ -120,7 +120,7 @@ class Coincides:
 
 
 @dataclass(frozen=True)
-class TreatmentCard:
+class TreatmentCard(Documented):
     """One treatment: its `name` is the paper's short name and its key in plans.
 
     build: a frozen dataclass derived from Treatment; its fields are the options. example: see
@@ -157,13 +157,3 @@ class TreatmentCard:
         if self.goldens:
             return "golden"
         return "exact" if self.limits or self.neutral is not None else "paper"
-
-    @property
-    def doc(self) -> str:
-        """The method file's module docstring."""
-        return inspect_doc(self.build)
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the method file."""
-        return " ".join(self.doc.split("\n\n")[0].split())
