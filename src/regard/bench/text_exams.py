@@ -68,12 +68,16 @@ class TextFacts:
 
     def interviews(self) -> Iterator[Interview]:
         """The examples, drawn from the seed."""
+        return (interview for interview, _ in self.drawn())
+
+    def drawn(self) -> Iterator[tuple[Interview, Any]]:
+        """The examples and the numbers (B, facts) in them."""
         source = Source(self.subject, self.file)
         for index, count in enumerate(batched(self.examples)):
             random = np.random.default_rng(stream_seed("test", self.seed, index))
             numbers = random.integers(10 ** (DIGITS - 1), 10**DIGITS, (count, self.facts))
             prompts = [self._prompt(random, source, row) for row in numbers.tolist()]
-            yield self._interview(torch.tensor(prompts), numbers)
+            yield self._interview(torch.tensor(prompts), numbers), numbers
 
     def _interview(self, prompt: Tensor, numbers: Any) -> Interview:
         def right(number: int, found: Tensor) -> Tensor:
@@ -143,10 +147,12 @@ class Passages:
     def score(self, model: Any, plan: Plan | None) -> Score:
         return predicted(self.passages(), model, plan, self.chance)
 
-    def passages(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets of the passages, which are spread evenly over the text."""
+    def passages(self, shift: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets of the passages, which are spread evenly over the text; shift: where
+        the first begins, as a part of the text.
+        """
         source, opening = Source(self.subject, self.file), self.subject.opening
-        starts = np.linspace(0, 1, self.examples)
+        starts = (np.linspace(0, 1, self.examples) + shift) % (1 + shift)
         for part in np.split(starts, np.cumsum(batched(self.examples))[:-1]):
             room = self.length + 1 - len(opening)
             ids = torch.tensor([opening + source.passage(float(x), room) for x in part])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from regard.bench.spec import Spec, parse_specs
+from regard.cli.measuring import stoppable
 from regard.cli.output import console, notice
 from regard.core.errors import ArgumentError, UnknownNameError
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from regard.bench.speed import Speed
     from regard.bench.sweep import Plan, Watch
 
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
 OUT = Path("runs/bench")
 MODES = "forward,backward"
 
@@ -177,12 +177,9 @@ class _Run:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         book = Book(self.out, Setting(), command(sys.argv[1:]))
-        try:
-            with points_bar(not self.no_progress) as watch:
-                measurement(book, watch)
-        except KeyboardInterrupt:
-            notice(f"stopped; finished points are in {self.out}, the same command resumes")
-            raise typer.Exit(INTERRUPTED) from None
+        resumed = f"finished points are in {self.out}, the same command resumes"
+        with stoppable(resumed), points_bar(not self.no_progress) as watch:
+            measurement(book, watch)
         page = self.out / "report.html"
         write_speed(book.speed.plain(), page)
         for note in book.speed.notes:

@@ -15,6 +15,7 @@ from regard.bench.record import Record, arguments_checked, write_json
 from regard.bench.spec import Spec, parse_options, parse_spec, parse_specs
 from regard.bench.study import Study
 from regard.bench.trial import CONV, STEPS, Budget, Network
+from regard.cli.measuring import stoppable
 from regard.cli.output import console, notice
 from regard.cli.progress import progress_bar
 from regard.core.errors import ArgumentError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from regard.bench.comparison import Comparison, Row
 
 N = TypeVar("N", int, float)
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
 NETWORK, BUDGET = Network(), Budget()
 Option = typer.Option
 
@@ -102,12 +102,9 @@ class Compare(Record):
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        try:
-            with progress_bar(not self.no_progress) as watch:
-                return compare(study, self.out, command=command(sys.argv[1:]), watch=watch)
-        except KeyboardInterrupt:
-            notice(f"stopped; finished trials are in {self.out}, the same command resumes")
-            raise typer.Exit(INTERRUPTED) from None
+        resumed = f"finished trials are in {self.out}, the same command resumes"
+        with stoppable(resumed), progress_bar(not self.no_progress) as watch:
+            return compare(study, self.out, command=command(sys.argv[1:]), watch=watch)
 
 
 def _numbers(text: str, kind: Callable[[str], N], argument: str) -> tuple[N, ...]:

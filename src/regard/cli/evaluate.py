@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from regard.bench.record import Record, arguments_checked
-from regard.cli.output import console, notice
+from regard.cli.measuring import opened, stoppable
+from regard.cli.output import console
 from regard.core.errors import ArgumentError, UnknownNameError
 from regard.report.units import byte_size, percent
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from regard.bench.evaluation import Evaluation, EvaluationRow, Inquiry, Task
     from regard.bench.exams import Score
 
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
 Argument, Option = typer.Argument, typer.Option
 
 
@@ -72,7 +72,7 @@ class Evaluate(Record):
         return Inquiry(
             plans=named_plans(self.plan),
             tasks=_tasks(self.task),
-            lengths=_lengths(self.length),
+            lengths=lengths(self.length),
             examples=self.examples,
             seed=self.seed,
             tokens=self.tokens,
@@ -81,22 +81,14 @@ class Evaluate(Record):
         )
 
     def _evaluated(self, inquiry: Inquiry) -> Evaluation:
-        import torch
-
         from regard.bench.evaluate import evaluate
         from regard.bench.machine import command
-        from regard.bench.subject import POCKET, load
         from regard.cli.bench_bar import points_bar
 
-        if self.threads is not None or self.model == POCKET:
-            torch.set_num_threads(self.threads or 1)  # its products are too small to share
-        subject, told = load(self.model, self.device), command(sys.argv[1:])
-        try:
-            with points_bar(not self.no_progress) as watch:
-                return evaluate(inquiry, subject, self.out, command=told, watch=watch)
-        except KeyboardInterrupt:
-            notice(f"stopped; finished parts are in {self.out}, the same command resumes")
-            raise typer.Exit(INTERRUPTED) from None
+        subject, told = opened(self.model, self.device, self.threads), command(sys.argv[1:])
+        resumed = f"finished parts are in {self.out}, the same command resumes"
+        with stoppable(resumed), points_bar(not self.no_progress) as watch:
+            return evaluate(inquiry, subject, self.out, command=told, watch=watch)
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
@@ -153,7 +145,8 @@ def _tasks(text: str) -> tuple[Task, ...]:
     return tuple(task for name in found for task in TASKS if task == name)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def lengths(text: str) -> tuple[int, ...]:
+    """Numbers of tokens, with commas between them."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:

@@ -13,16 +13,18 @@ from typer.core import TyperGroup
 
 import regard
 from regard.bench.record import arguments_checked
-from regard.cli.atlas import atlas
+from regard.cli.atlas import Survey
 from regard.cli.bench import bench
 from regard.cli.compare import Compare
 from regard.cli.env import env
 from regard.cli.evaluate import Evaluate
+from regard.cli.fit import Fit
 from regard.cli.info import info
 from regard.cli.list import list_cards
 from regard.cli.output import notice
 from regard.cli.plan import plan
 from regard.cli.show import show
+from regard.cli.study import Study
 from regard.core.errors import RegardError
 
 FAILED = 2
@@ -35,7 +37,7 @@ class Verbs(TyperGroup):
         try:
             with arguments_checked():
                 parsed = super().invoke(ctx)
-            if isinstance(parsed, Compare | Evaluate):
+            if isinstance(parsed, Compare | Evaluate | Fit | Survey | Study):
                 parsed.run()
         except RegardError as error:
             where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
@@ -75,5 +77,7 @@ app.command("compare")(Compare)
 app.add_typer(bench, name="bench")
 app.add_typer(plan, name="plan")
 app.command("evaluate")(Evaluate)
-app.command("atlas")(atlas)
+app.command("atlas")(Survey)
+app.command("fit")(Fit)
+app.command("study")(Study)
 app.command("env")(env)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from regard.bench.record import Record
 from regard.bench.spec import parse_options
+from regard.cli.measuring import stoppable
 from regard.cli.output import console, notice
 from regard.core.errors import ArgumentError, UnknownNameError
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from regard.report.study import StudyRun
 
 MISSED = 1  # what --check reports when a figure does not hold
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
 Argument, Option = typer.Argument, typer.Option
 
 
@@ -80,12 +80,8 @@ class Study(Record):
         experiment: Any = card.build(**_typed(options, known))
         torch.set_num_threads(self.threads)
         began = time.perf_counter()
-        try:
-            with share_bar(not self.no_progress) as watch:
-                outcome = experiment.run(lambda share: watch(share, card.name))
-        except KeyboardInterrupt:
-            notice("stopped; a study starts anew")
-            raise typer.Exit(INTERRUPTED) from None
+        with stoppable("a study starts anew"), share_bar(not self.no_progress) as watch:
+            outcome = experiment.run(lambda share: watch(share, card.name))
         return StudyRun(
             card,
             asdict(experiment),

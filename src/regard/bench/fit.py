@@ -1,0 +1,247 @@
+"""`fit`: from a budget to a plan, and the proof: the plan beside others of the same cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from regard.atlases.survey import atlas
+from regard.bench.evaluate import evaluate, exam, unwatched
+from regard.bench.evaluation import Evaluation, Inquiry, Named
+from regard.bench.exams import Exam
+from regard.bench.fitting import Assigned, Fit, FitConfig, Ledger, RisesConfig
+from regard.bench.lessons import lessons
+from regard.bench.record import write_json
+from regard.bench.subject import Subject
+from regard.bench.sweep import Progress, Watch
+from regard.core.errors import ArgumentError
+from regard.core.passage import Passage
+from regard.plan import Plan, Step
+from regard.search.fitting import Fitted, Sensitivity, decoder_sites, fitted, sensitivity
+from regard.search.prices import Prices, decoding_pace, prices
+from regard.search.refining import Company, refined
+from regard.search.rules import Rule, groups_of, plan_of, spans
+
+METRICS = ("induction", "sink_first", "local", "previous_token")
+"""Of the atlas, to tell what a key head's queries do."""
+
+
+def fit(
+    config: FitConfig, subject: Subject, out: Path, *, command: str = "", watch: Watch = unwatched
+) -> Fit:
+    """Measure what every rule costs every key head, choose, and evaluate the choice.
+
+    Losses are kept in OUT/losses as they are measured, exams in OUT/sheets and OUT/costs; the same
+    call resumes. Writes OUT/plan.json and OUT/fit.json.
+
+    Raises:
+        ArgumentError: a budget that cannot be met, with the smallest that can; a task the untouched
+            model cannot do; a value or folder that cannot be used.
+        UnsupportedError: a model without a cache.
+    """
+    began = time.perf_counter()
+    search = _Search(config, subject, out, watch)
+    search.check_able()
+    found, best = search.found(), search.best()
+    best.plan.save(out / "plan.json")
+    evaluation = search.evaluation(command)
+    fit = Fit(
+        config=config,
+        plan=best.plan.model_dump(mode="json", exclude_defaults=True),
+        groups=tuple(_assigned(found, best, search.examples, subject)),
+        untouched=found.untouched,
+        predicted=best.predicted,
+        measured=best.measured,
+        cost=best.cost,
+        evaluation=evaluation,
+        notes=tuple(_notes(config, evaluation)),
+        seconds=time.perf_counter() - began,
+    )
+    write_json(out / "fit.json", fit)
+    return fit
+
+
+class _Search:
+    """A fit under way."""
+
+    def __init__(self, config: FitConfig, subject: Subject, out: Path, watch: Watch) -> None:
+        self.config, self.subject, self.out, self.watch = config, subject, out, watch
+        self.rules = spans(config.shares, config.sinks)
+        self.inquiry = Inquiry(
+            plans=(Named(label="none", plan=Plan()),), tasks=(config.task,),
+            lengths=config.lengths, examples=config.exams, seed=config.seed, tokens=config.tokens,
+            seconds=config.seconds, file=config.file,
+        )  # fmt: skip
+        self.exams: list[Exam] = [
+            exam(config.task, n, self.inquiry, subject) for n in config.lengths
+        ]
+        self.examples: list[Passage] = [
+            passage
+            for one in self.exams
+            for passage in lessons(one, config.examples, subject.model.device)
+        ]
+        self.known = Ledger(
+            out / "losses",
+            RisesConfig(
+                model=subject.record().fingerprint,
+                tasks=tuple(one.describe() for one in self.exams),
+                examples=config.examples,
+                seed=config.seed,
+            ),
+        )
+        self._fitted: dict[float, Fitted] = {}
+        self._found: Sensitivity | None = None
+        self._prices: Prices | None = None
+        self.prices().room(config.budget)  # refuses early what cannot be met
+
+    def check_able(self) -> None:
+        """Raise ArgumentError unless the untouched model is better than chance at the task."""
+        for one, length in zip(self.exams, self.config.lengths, strict=True):
+            self.watch(Progress(0, 1, f"{self.config.task} at {length}, untouched"))
+            score = one.score(self.subject.model, None)
+            if score.at_chance:
+                got = f"{self.config.task} at {length} tokens: {score.value} (chance {one.chance})"
+                raise ArgumentError("task", "one the untouched model can do", got)
+
+    def found(self) -> Sensitivity:
+        """The rises, measured or remembered."""
+        if self._found is None:
+            self._found = sensitivity(
+                self.subject.model,
+                self.examples,
+                self.rules,
+                known=self.known,
+                progress=self._tell,
+            )
+        return self._found
+
+    def prices(self) -> Prices:
+        """What the rules cost in the budget's unit."""
+        if self._prices is None:
+            sites = decoder_sites(self.subject.model)
+            self._prices = prices(
+                self.subject.model, sites, groups_of(sites), self.rules, self.config.lengths,
+                self.config.unit, self._pace,
+            )  # fmt: skip
+        return self._prices
+
+    def fitted(self) -> dict[float, Fitted]:
+        """The plans for half the budget, the budget and twice it, as far as rules reach. A larger
+        budget also tries the plan of a smaller one, so that it is never measured to be worse.
+        """
+        if not self._fitted:
+            company = Company(self.subject.model, self.examples, self.found(), self.known)
+            for budget in self._budgets():
+                start = fitted(self.subject.model, self.found(), self.prices(), budget)
+                also = [smaller.choice for smaller in self._fitted.values()]
+                self._fitted[budget] = refined(
+                    company, start, self.prices(), budget, rounds=self.config.rounds, also=also,
+                    progress=self._tell,
+                )  # fmt: skip
+        return self._fitted
+
+    def _budgets(self) -> Iterator[float]:
+        for budget in (self.config.budget / 2, self.config.budget, self.config.budget * 2):
+            if budget < 1 and self.prices().reaches(budget):
+                yield budget
+
+    def best(self) -> Fitted:
+        """The plan for the budget that was asked for."""
+        return self.fitted()[self.config.budget]
+
+    def evaluation(self, command: str) -> Evaluation:
+        """The plans side by side."""
+        inquiry = self.inquiry.model_copy(update={"plans": tuple(self.plans())})
+        return evaluate(inquiry, self.subject, self.out, command=command, watch=self.watch)
+
+    def plans(self) -> Iterator[Named]:
+        """The fitted plan, others of the same cost, and a step down and up the frontier."""
+        own = self.config.budget
+        yield Named(label=f"fitted {own:.3g}", plan=self.best().plan)
+        yield from self._others(own)
+        for budget, found in self.fitted().items():
+            if budget != own:
+                yield Named(label=f"fitted {budget:.3g}", plan=found.plan)
+                yield self._uniform("uniform", budget, self.config.sinks)
+
+    def _others(self, budget: float) -> Iterator[Named]:
+        yield self._uniform("uniform", budget, self.config.sinks)
+        yield self._uniform("recent only", budget, 0)
+        order = np.random.default_rng(self.config.seed).permutation(len(self.found().groups))
+        mixed = self.best().choice[order]
+        plan = plan_of(self.found().groups, self.rules, mixed, name="")
+        yield Named(label=f"random {budget:.3g}", plan=plan)
+        share = self._share(budget)
+        step = Step(treatment="snapkv", options={"budget": share}, layers="all")
+        yield Named(label=f"snapkv {budget:.3g}", plan=Plan(steps=(step,)))
+
+    def _uniform(self, label: str, budget: float, sinks: int) -> Named:
+        """The first `sinks` and the newest tokens for every head, at the cost of a budget."""
+        step = Step(
+            treatment="stream",
+            options={"sinks": sinks, "budget": self._share(budget)},
+            layers="all",
+        )
+        return Named(label=f"{label} {budget:.3g}", plan=Plan(steps=(step,)))
+
+    def _share(self, budget: float) -> float:
+        """The share of the tokens that all heads alike may keep within a budget."""
+        whole = self.prices().costs.max(2).sum(1)
+        return float((self.prices().room(budget) / whole).min())
+
+    def _pace(self, rule: Rule | None, length: int) -> float:
+        """Seconds of a decoded token, all heads under one rule."""
+        prompt = next(p for p in self.examples if len(p.inputs["input_ids"][0]) > length // 2)
+        ids = prompt.inputs["input_ids"][:1]
+        groups = groups_of(decoder_sites(self.subject.model))
+        rules = (Rule(None),) if rule is None else (rule,)
+        plan = plan_of(groups, rules, np.zeros(len(groups), dtype=np.int64), name="")
+        with plan.applied(self.subject.model):
+            return decoding_pace(self.subject.model, ids)
+
+    def _tell(self, share: float, what: str) -> None:
+        self.watch(Progress(round(100 * share), 100, what))
+
+
+def _assigned(
+    found: Sensitivity, best: Fitted, examples: Sequence[Passage], subject: Subject
+) -> Iterator[Assigned]:
+    """What every key head got, and what its query heads do."""
+    site = decoder_sites(subject.model)[0]
+    seen = _metrics(subject, examples[:1], site.tower)
+    for g, group in enumerate(found.groups):
+        rule = found.rules[int(best.choice[g])]
+        heads = slice(group.kv_head * site.group, (group.kv_head + 1) * site.group)
+        yield Assigned(
+            layer=group.layer,
+            kv_head=group.kv_head,
+            rule=rule.label,
+            share=rule.share,
+            rises=tuple(found.rises[g].tolist()),
+            metrics={name: float(x[group.layer, heads].max()) for name, x in seen.items()},
+        )
+
+
+def _metrics(
+    subject: Subject, examples: Sequence[Passage], tower: str
+) -> Mapping[str, torch.Tensor]:
+    """The metrics of the atlas that tell what heads do, (L,H) each."""
+    found = atlas(subject.model, examples, ("copying", "sinks", "distance"), examples=0)
+    return {
+        name: found.map(name, tower).nan_to_num(0.0) for name in METRICS if name in found.metrics
+    }
+
+
+def _notes(config: FitConfig, evaluation: Evaluation) -> Iterator[str]:
+    """What a reader must know before believing."""
+    yield (
+        f"rises are measured on {config.examples} examples per length and taken as additive; the "
+        "evaluation asks other questions"
+    )
+    if config.unit == "latency":
+        yield "latency was measured on this machine; another run may choose otherwise"
+    yield from evaluation.notes

@@ -1,0 +1,1 @@
+"""Search: from a budget and what heads do to a plan."""

@@ -1,0 +1,108 @@
+r"""Refining a plan in company: rises measured around the plan itself instead of one head at a time.
+
+    rise'[g, c] = loss(plan, but group g follows rule c) - loss(plan)
+
+Heads that stand in for each other look needless alone. Around a plan they do not: the choice is
+solved again with these rises, over rules near the present ones, as long as the measured loss falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regard.core.passage import Passage
+from regard.search.answering import mean_loss
+from regard.search.fitting import Fitted, Sensitivity, Told, chosen_plan, remembered, spent
+from regard.search.prices import Prices
+from regard.search.rules import plan_of
+from regard.search.solver import Numbers, solve
+
+NEAR = 2
+"""Rules on both sides of the present one that a round may move to, besides the dearest."""
+EXCLUDED = 1e6
+"""Nats: what a rule out of reach seems to cost."""
+Choice = NDArray[np.int64]
+
+
+class Company:
+    """Plans by their choices on one model, measured on passages. known: see `sensitivity`."""
+
+    def __init__(
+        self,
+        model: Any,
+        passages: Sequence[Passage],
+        found: Sensitivity,
+        known: MutableMapping[str, float],
+    ) -> None:
+        self.model, self.passages, self.found, self.known = model, passages, found, known
+
+    def loss(self, choice: Choice) -> float:
+        """Mean loss of the answers under a choice (G,)."""
+        rules = [self.found.rules[c].label for c in choice.tolist()]
+        plan = plan_of(self.found.groups, self.found.rules, choice, name="")
+        key = " | ".join(rules)
+        return remembered(self.known, key, lambda: mean_loss(self.model, self.passages, plan))
+
+    def rises(self, choice: Choice, told: Told | None) -> Numbers:
+        """Rises (G,C) around a choice; rules out of reach cost EXCLUDED. Groups that lose nothing
+        alone under any rule are not measured again: they may go to any rule.
+        """
+        rises = np.full(self.found.rises.shape, EXCLUDED)
+        here, last = self.loss(choice), len(self.found.rules) - 1
+        for g, now in enumerate(choice.tolist()):
+            if not self.found.rises[g].any():
+                rises[g] = 0.0
+                continue
+            if told is not None:
+                told(g / len(choice), f"key head {g} in company")
+            for c in {*range(max(0, now - NEAR), min(last, now + NEAR) + 1), last}:
+                other = choice.copy()
+                other[g] = c
+                rises[g, c] = self.loss(other) - here
+        return rises
+
+
+def concentrated(found: Sensitivity, prices: Prices, budget: float) -> Choice:
+    """The choice in which the groups with most at stake get the dearest rule that still fits, one
+    after the other, and the others the cheapest: a start for heads that stand in for each other.
+    """
+    room, costs = prices.room(budget), prices.costs
+    groups = np.arange(len(found.groups))
+    choice = costs.sum(0).argmin(1)
+    for g in np.argsort(-found.rises.max(1), kind="stable"):
+        spare = room - costs[:, groups, choice].sum(1) + costs[:, g, choice[g]]
+        fits = (costs[:, g] <= spare[:, None] * (1 + 1e-9)).all(0)
+        choice[g] = np.where(fits, costs[:, g].sum(0), -1).argmax()
+    return choice
+
+
+def refined(
+    company: Company,
+    start: Fitted,
+    prices: Prices,
+    budget: float,
+    *,
+    rounds: int = 3,
+    also: Sequence[Choice] = (),
+    progress: Told | None = None,
+) -> Fitted:
+    """The best measured plan within a budget after some rounds from the best of `start`, of the
+    concentrated choice and of others that fit; so that a larger budget, given the choices of
+    smaller ones, is never worse.
+    """
+    room = prices.room(budget)
+    starts = [start.choice, concentrated(company.found, prices, budget), *also]
+    best = min(starts, key=company.loss)
+    for _ in range(rounds):
+        rises = company.rises(best, progress)
+        choice = spent(solve(rises, prices.costs, room), company.found.rises, prices.costs, room)
+        if company.loss(choice) >= company.loss(best):
+            break
+        best = choice
+    found = chosen_plan(company.model, company.found, prices, best, budget)
+    return replace(found, measured=company.loss(best) - company.found.untouched)
