@@ -23,6 +23,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/regard compare --task "recall(vocab=256)" --seeds 0,1 --lrs 3e-3,1e-2 --steps 200 \
 	  --threads $(THREADS) --out runs/demo
+	$(BIN)/regard atlas pocket --out runs/demo/atlas
+	$(BIN)/regard fit pocket --budget 0.25 --task needle --examples 32 --exams 64 --out runs/demo/fit
+	@echo "compared: runs/demo/report.html"
+	@echo "atlas:    runs/demo/atlas/atlas.html"
+	@echo "plan:     runs/demo/fit/plan.json, runs/demo/fit/report.html"
 
 test: venv
 	REGARD_VISION=$(VISION) $(BIN)/python -m pytest -n $(THREADS) -m "not slow"

@@ -1,4 +1,4 @@
-"""Searchers: ways from a measurement to a plan, to a smaller model, or to the samples that matter."""
+"""Searchers: from a measurement to a plan, to a smaller model, or to the samples that matter."""
 
 from __future__ import annotations
 

@@ -1,12 +1,15 @@
-"""The methods page: every card as one row, generated, never typed."""
+"""The tables of the documentation: every card as one row, generated, never typed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from regard.core.card import Card, Paper
-from regard.core.catalog import cards, treatments
+from regard.core.catalog import cards, probe_cards, searcher_cards, study_cards, treatments
+from regard.core.probe import ProbeCard
+from regard.core.searcher import SearcherCard
+from regard.core.study import StudyCard
 from regard.core.treatment import TreatmentCard
 
 STATUS_START, STATUS_END = "<!-- status: made by `make docs` -->", "<!-- end of status -->"
@@ -30,6 +33,30 @@ model or with another treatment. Places: what of the attention call it changes.
 """
 
 
+_PROBES = """# Probes
+
+What an atlas measures. Generated from the cards by `make docs`; do not edit. A *reading* watches
+one forward per passage, streamed in tiles; an *experiment* changes heads and runs the model again.
+*golden*: agrees with the authors' code. *exact*: known answers, which the tests hold.
+`regard atlas MODEL --probes NAME,NAME` measures some of them.
+
+"""
+
+_STUDIES = """# Studies
+
+Findings of papers, made again at pocket size. Generated from the cards by `make docs`; do not edit.
+`regard study NAME` runs one and prints each figure beside the paper's expectation.
+
+"""
+
+_SEARCHERS = """# Searchers
+
+Ways from a measurement to a plan, to a smaller model, or to the samples that matter. Generated from
+the cards by `make docs`; do not edit.
+
+"""
+
+
 def methods_page() -> str:
     """Markdown page with one table per family."""
     parts = [_HEAD + f"{len(cards())} methods.\n"]
@@ -48,6 +75,40 @@ def treatments_page() -> str:
     return _TREATMENTS + f"{len(found)} treatments.\n\n" + "\n".join(lines) + "\n"
 
 
+def probes_page() -> str:
+    """Markdown page with one table of all probes."""
+    lines = [
+        "| name | what it measures | kind | metrics | evidence | paper |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_probe_row(card) for card in probe_cards().values()]
+    return _PROBES + f"{len(probe_cards())} probes.\n\n" + "\n".join(lines) + "\n"
+
+
+def studies_page() -> str:
+    """Markdown page with one table of all studies."""
+    lines = ["| name | what is found | seconds | paper |", "|---|---|---|---|"]
+    lines += [_study_row(card) for card in study_cards().values()]
+    return _STUDIES + "\n".join(lines) + "\n"
+
+
+def searchers_page() -> str:
+    """Markdown page with one table of all searchers."""
+    lines = ["| name | how it searches | finds | paper |", "|---|---|---|---|"]
+    lines += [_searcher_row(card) for card in searcher_cards().values()]
+    return _SEARCHERS + "\n".join(lines) + "\n"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "methods.md": methods_page,
+    "treatments.md": treatments_page,
+    "probes.md": probes_page,
+    "studies.md": studies_page,
+    "searchers.md": searchers_page,
+}
+"""File in docs -> what makes it."""
+
+
 def status_table() -> str:
     """Markdown table for the README: methods and evidence per family."""
     lines = ["| family | methods | golden | exact |", "|---|---|---|---|"]
@@ -55,9 +116,9 @@ def status_table() -> str:
         rows = [c for c in cards().values() if c.family == family]
         golden = sum(c.evidence == "golden" for c in rows)
         lines.append(f"| {family} | {len(rows)} | {golden} | {len(rows) - golden} |")
-    found = treatments().values()
-    golden = sum(c.evidence == "golden" for c in found)
-    lines.append(f"| treatments | {len(found)} | {golden} | {len(found) - golden} |")
+    for name, table in (("treatments", treatments()), ("probes", probe_cards())):
+        golden = sum(c.evidence == "golden" for c in table.values())
+        lines.append(f"| {name} | {len(table)} | {golden} | {len(table) - golden} |")
     return "\n".join(lines) + "\n"
 
 
@@ -68,11 +129,9 @@ def with_status(readme: str) -> str:
 
 
 def write_pages(root: Path) -> None:
-    """Rewrite the tables of methods and treatments in docs, and the README's status table, below
-    `root`.
-    """
-    (root / "docs" / "methods.md").write_text(methods_page())
-    (root / "docs" / "treatments.md").write_text(treatments_page())
+    """Rewrite the tables in docs, and the README's status table, below `root`."""
+    for name, made in PAGES.items():
+        (root / "docs" / name).write_text(made())
     readme = root / "README.md"
     readme.write_text(with_status(readme.read_text()))
 
@@ -95,9 +154,26 @@ def _row(card: Card) -> str:
 
 
 def _treatment_row(card: TreatmentCard) -> str:
+    return _cells(card, ", ".join(card.places), card.evidence)
+
+
+def _probe_row(card: ProbeCard) -> str:
+    names = ", ".join(f"`{name}`" for name in (*card.metrics, *card.layers))
+    return _cells(card, card.kind, names, card.evidence)
+
+
+def _study_row(card: StudyCard) -> str:
+    return _cells(card, str(card.seconds))
+
+
+def _searcher_row(card: SearcherCard) -> str:
+    return _cells(card, card.finds)
+
+
+def _cells(card: TreatmentCard | ProbeCard | StudyCard | SearcherCard, *more: str) -> str:
+    """Name and summary, what else a table tells, papers."""
     summary = card.summary.replace("|", "\\|")
-    cells = (f"`{card.name}`", summary, ", ".join(card.places), card.evidence)
-    return "| " + " | ".join((*cells, _papers(card.papers))) + " |"
+    return "| " + " | ".join((f"`{card.name}`", summary, *more, _papers(card.papers))) + " |"
 
 
 def _papers(papers: Iterable[Paper]) -> str:
