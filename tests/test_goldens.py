@@ -18,6 +18,7 @@ from regard.core.catalog import (
     cards,
     lens_cards,
     probe_cards,
+    recipe_cards,
     searcher_cards,
     study_cards,
     treatments,
@@ -35,6 +36,7 @@ NAMED = [
         study_cards(),
         lens_cards(),
         searcher_cards(),
+        recipe_cards(),
     )
     for name, entry in table.items()
     for golden in entry.goldens
@@ -73,7 +75,7 @@ def same_as(got: Any, expected: Any, what: str) -> None:
         for key in expected:
             same_as(got[key], expected[key], f"{what}[{key}]")
         return
-    if isinstance(expected, list) and any(isinstance(x, torch.Tensor) for x in expected):
+    if isinstance(expected, list) and any(isinstance(x, (torch.Tensor, dict)) for x in expected):
         assert len(got) == len(expected), what
         for index, wanted in enumerate(expected):
             same_as(got[index], wanted, f"{what}[{index}]")
