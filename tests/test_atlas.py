@@ -20,7 +20,8 @@ from regard.core.catalog import probe_cards
 from regard.core.errors import ArgumentError, UnknownNameError
 from regard.core.observe import Seen
 from regard.core.passage import Passage
-from regard.core.probe import Finding, Look, Reading, measured, plain_look, tile
+from regard.core.probe import Finding, Look, Reading, measured, plain_look
+from regard.core.shown import tile
 from regard.probes.copying import Copying
 from regard.probes.distance import Distance
 from regard.probes.entropy import Entropy

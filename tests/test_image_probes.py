@@ -14,8 +14,9 @@ from regard.atlases.survey import atlas
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.observe import Seen
 from regard.core.passage import Passage
-from regard.core.probe import Finding, Look, measured, plain_look, tile
+from regard.core.probe import Finding, Look, measured, plain_look
 from regard.core.scene import Scene
+from regard.core.shown import tile
 from regard.importance.head_divergence import above_median, divergence, loud
 from regard.importance.image_sinks import given_back
 from regard.probes.image_heads import ImageHeads

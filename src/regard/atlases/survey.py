@@ -30,6 +30,7 @@ def atlas(
     probes: str | Sequence[str | Probe] = READINGS,
     *,
     examples: int = 3,
+    plan: Any = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> Atlas:
     """Measure every attention head of a model that a host can reach.
@@ -37,7 +38,8 @@ def atlas(
     passages: what to show it, as Passage or as keyword arguments of one forward each; `input_ids`
     among those are the tokens that copying probes compare. probes: "readings" (those that one
     forward serves), "all", or which ones, by name or built with options. examples: of the strongest
-    queries kept per head. progress: called with the share that is done and what is being measured.
+    queries kept per head. plan: what the model is to do meanwhile, so that the atlas can be compared
+    with that of the untouched one. progress: called with the share that is done and what is being measured.
 
     A probe that a model or its passages cannot serve leaves its reason in the atlas's `notes`; the
     others are kept.
@@ -45,8 +47,8 @@ def atlas(
     Raises:
         ArgumentError: no passage, or one of padding or of one token.
         UnknownNameError: a probe no card names.
-        UnsupportedError: a model no host knows or whose attention is not reached; no probe could
-            be served.
+        UnsupportedError: a model no host knows or whose attention is not reached; a plan is in
+            force already; no probe could be served.
     """
     given = tuple(passage_of(p) for p in passages)
     if not given:
@@ -56,10 +58,11 @@ def atlas(
         raise ArgumentError("examples", "0 or more", examples)
     readings = {name: cast(Reading, p) for name, p in chosen.items() if hasattr(p, "begin")}
     rest = {name: cast(Experiment, p) for name, p in chosen.items() if name not in readings}
-    scene, notes, began = Scene.of(model, given), {}, time.perf_counter()
+    scene = Scene.of(model, given, None if plan is None else plan.resolve(model).table)
+    notes, began = {}, time.perf_counter()
     strongest = Strongest(examples) if examples else None
     gathered = Gathered()
-    with _evaluating(model):
+    with evaluating(model), scene.planned():
         if readings:
             _tell(progress, 0.0, "readings")
             gathered = watch(scene, readings, strongest, notes)
@@ -140,7 +143,7 @@ def _tell(progress: Callable[[float, str], None] | None, share: float, what: str
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Inside, the model is in evaluation mode."""
     training = model.training
     model.eval()

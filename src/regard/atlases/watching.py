@@ -16,8 +16,9 @@ from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.moment import Moment, Site
 from regard.core.passage import Passage
 from regard.core.passing import STREAM, block_of
-from regard.core.probe import Look, Reading, Tally, look_at, observed
+from regard.core.probe import Finding, Look, Reading, Tally, look_at
 from regard.core.scene import Scene
+from regard.core.shown import observed, unseen
 from regard.core.treatment import Treatment
 
 
@@ -35,6 +36,10 @@ class Watch(Treatment):
     now: list[tuple[int, Passage]] = field(default_factory=list)
     streams: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def watches(self) -> bool:
+        return True
+
     def output(self, output: Tensor, at: Moment) -> Tensor:
         index, passage = self.now[-1]
         look = self.look(at, output, passage)
@@ -48,8 +53,21 @@ class Watch(Treatment):
                     tally.add(seen)
         for tally in tallies:
             domain = passage.domain if self.by_domain else ""
-            self.gathered.add(at.site, tally.found(), domain)
+            self.gathered.add(at.site, self.known(tally.found(), at), domain)
         return output
+
+    def known(self, finding: Finding, at: Moment) -> Finding:
+        """A finding without the heads that a plan computes another way."""
+        gone = list(unseen(at))
+        if not gone:
+            return finding
+        told = f"layer {at.site.layer} of {at.site.tower}, heads {gone}"
+        self.notes[told] = "the plan computes their attention another way: there are no weights"
+        parts = ({n: x.clone() for n, x in p.items()} for p in (finding.metrics, finding.profiles))
+        metrics, profiles = parts
+        for x in (*metrics.values(), *profiles.values()):
+            x[:, gone] = float("nan")
+        return Finding(metrics, profiles, finding.layers)
 
     def tallies(self, look: Look, site: Site) -> Iterator[Tally]:
         """A tally of every reading that can serve this call."""

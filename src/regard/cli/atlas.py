@@ -59,13 +59,14 @@ class Survey(Record):
         str, Option(help="readings (one forward per passage), all, or names with commas")
     ] = "readings"
     examples_kept: Annotated[int, Option(help="strongest queries kept per head")] = 3
+    plan: Annotated[Path | None, Option(help="a plan's JSON file that the model follows")] = None
     top: Annotated[int, Option(help="heads to print per metric")] = 4
     compare: Annotated[
         Path | None, Option(help="folder of a saved atlas: print the heads that differ most")
     ] = None
-    out: Annotated[Path | None, Option(help="folder for atlas.json, profiles.safetensors and atlas.html")] = (
-        None
-    )
+    out: Annotated[
+        Path | None, Option(help="folder for atlas.json, profiles.safetensors and atlas.html")
+    ] = None
     no_progress: Annotated[bool, Option("--no-progress", help="draw no progress bar")] = False
 
     def run(self) -> None:
@@ -97,6 +98,7 @@ class Survey(Record):
         from regard.atlases.survey import atlas
         from regard.bench.showing.opening import open_model
         from regard.cli.progress import share_bar
+        from regard.plan import Plan
 
         exhibit = open_model(self.model)
         passages = exhibit.passages(self._sources(), self.examples, self.length)
@@ -108,6 +110,7 @@ class Survey(Record):
                 passages,
                 self.probes if self.probes in KINDS else _names(self.probes),
                 examples=self.examples_kept,
+                plan=None if self.plan is None else Plan.load(self.plan),
                 progress=watch,
             )
 

@@ -13,6 +13,7 @@ from regard.core.card import Card, by_name
 from regard.core.errors import UnknownNameError
 from regard.core.lens import LensCard
 from regard.core.probe import ProbeCard
+from regard.core.recipe import RecipeCard
 from regard.core.searcher import SearcherCard
 from regard.core.study import StudyCard
 from regard.core.treatment import TreatmentCard
@@ -23,7 +24,10 @@ PROBES = "regard.probes"
 STUDIES = "regard.studies"
 LENSES = "regard.lenses"
 SEARCHERS = "regard.search"
-AnyCard = TypeVar("AnyCard", Card, TreatmentCard, ProbeCard, StudyCard, LensCard, SearcherCard)
+RECIPES = "regard.recipes"
+AnyCard = TypeVar(
+    "AnyCard", Card, TreatmentCard, ProbeCard, StudyCard, LensCard, SearcherCard, RecipeCard
+)
 
 
 @cache
@@ -60,6 +64,12 @@ def lens_cards() -> dict[str, LensCard]:
 def searcher_cards() -> dict[str, SearcherCard]:
     """Every searcher of the installed package, by name, in alphabetical order."""
     return _walked(SearcherCard, SEARCHERS)
+
+
+@cache
+def recipe_cards() -> dict[str, RecipeCard]:
+    """Every recipe with a card of the installed package, by name, in alphabetical order."""
+    return _walked(RecipeCard, RECIPES)
 
 
 def card(name: str) -> Card:

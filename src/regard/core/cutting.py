@@ -212,7 +212,7 @@ def _call(
     if call.pattern == "causal":
         mask = Causal()
     elif call.pattern == "given" and call.visible is not None:
-        mask = _given(call.visible)
+        mask = given_mask(call.visible)
     return Call(
         mask=mask,
         padding=None if call.padding is None else real[:, 0],
@@ -225,7 +225,9 @@ def _call(
     )
 
 
-def _given(visible: Tensor) -> Mask:
+def given_mask(visible: Tensor) -> Mask:
+    """A boolean (B or 1, H or 1, N, M) over rows as a mask."""
+
     def mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         rows = b if visible.shape[0] > 1 else b * 0
         heads = h if visible.shape[1] > 1 else h * 0

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class RegardError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose. It can be sent to another process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[RegardError], args: tuple[Any, ...], state: dict[str, Any]) -> RegardError:
+    """The error as it was, whatever its class takes to be made."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ArgumentError(RegardError, ValueError):

@@ -44,6 +44,10 @@ class Host(Protocol):
         """Modules that look like attention and cannot be reached: name -> why."""
         ...
 
+    def in_force(self, model: Any) -> bool:
+        """Whether a plan acts on this model now, in this thread."""
+        ...
+
     def run(
         self,
         model: Any,

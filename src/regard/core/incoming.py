@@ -15,7 +15,7 @@ from regard.core.call import Call
 from regard.core.errors import ArgumentError
 from regard.core.kept import Bucket
 from regard.core.mask import Causal
-from regard.core.moment import Phase, Site
+from regard.core.moment import Phase, Site, View
 from regard.core.scored import attend
 from regard.core.state import each_tensor
 from regard.core.treatment import Place, Treatment, places_of
@@ -64,7 +64,7 @@ class Incoming:
     kernel on (q, k, v), giving (B,H,N,E). bias: the model's own additive term (B or 1,H,N,·).
     pattern: whether `visible`, padding aside, is causal, full, or known by its pairs alone.
     masked_only: hide evicted keys instead of dropping them, to compare. cached: whether there is a
-    cache to evict from.
+    cache to evict from. views: where a step watches, what the others did to which heads.
     """
 
     site: Site
@@ -85,6 +85,7 @@ class Incoming:
     shared: dict[int, dict[str, Any]] = field(default_factory=dict)
     masked_only: bool = False
     cached: bool = True
+    views: list[View] | None = None
 
     @property
     def total(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regard.core.errors import UnsupportedError
@@ -127,3 +128,16 @@ def norm_readers(one: BlockLinears) -> Iterator[tuple[nn.Module, tuple[nn.Module
         )
     yield norms["input_layernorm"], one.heads
     yield norms["post_attention_layernorm"], one.units
+
+
+@torch.no_grad()
+def root_mean_square(norm: nn.Module, width: int) -> bool:
+    """Whether a norm of some width is its weight times x over the root mean square of x."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or weight.shape != (width,):
+        return False
+    if getattr(norm, "bias", None) is not None:
+        return False
+    x = torch.linspace(-1.0, 2.0, width, dtype=weight.dtype, device=weight.device) * 100
+    wanted = weight * x / x.square().mean().sqrt()
+    return torch.allclose(norm(x), wanted, rtol=0.02, atol=0.02 * float(weight.abs().max()))

@@ -28,6 +28,8 @@ def model_scored(at: Moment) -> Scored:
     cap, bias = at.softcap, at.bias
     if cap is None and bias is None:
         return Scored()
+    if bias is not None:  # a step may give one number for all queries
+        bias = bias.expand(*bias.shape[:2], at.q.shape[2], at.k.shape[2])
 
     def score(scores: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         if bias is None:

@@ -49,7 +49,8 @@ class Moment:
     tokens seen. memory: tensors with a leading batch axis, or records of such, that live as long as
     the cache (one dictionary per layer and step). shared: anything, passed from layer to layer
     within one forward (one dictionary per step). call: the same circumstances for a mechanism of
-    the library; None once keys were evicted, since each head then holds its own.
+    the library; None once keys were evicted, since each head then holds its own. views: for a
+    treatment that watches, the attention of heads that earlier steps changed.
     """
 
     site: Site
@@ -71,6 +72,7 @@ class Moment:
     shared: dict[str, Any] = field(default_factory=dict)
     call: Call | None = None
     step_heads: tuple[int, ...] = ()
+    views: list[View] = field(default_factory=list)
     _shown: list[Tensor | None] = field(default_factory=list, init=False)
 
     @property
@@ -98,6 +100,18 @@ class Moment:
         return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.q.device).expand(
             self.q.shape[0], 1, self.q.shape[2], self.k.shape[2]
         )
+
+
+@dataclass(eq=False)
+class View:
+    """The attention of some heads as the steps of a plan left it: `at`, with their bias and what
+    they let it see; weights (B,h,N,M) where a step rewrote them; neither where a step computes
+    these heads another way.
+    """
+
+    heads: tuple[int, ...]
+    at: Moment | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(eq=False)

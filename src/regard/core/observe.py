@@ -24,6 +24,8 @@ from regard.core.stacked import Unit, read_keys, read_queries
 from regard.core.unit import COPIES, WORKSPACE, Work, visible_columns, weights_of
 from regard.core.weights import Scored, scale_of
 
+CHUNK = 2**17
+"""Weights that pass through the processor's cache at a time."""
 RUN = 32
 """Keys whose weights are summed before sums of growing length are made of them."""
 
@@ -50,15 +52,18 @@ class Seen:
         return self.weights.sum(-2)
 
     @cached_property
-    def logs(self) -> Tensor:
-        """w ln w of every weight (b,h,n,m); zero where w is."""
-        tiny = torch.finfo(self.weights.dtype).tiny
-        return self.weights.clamp_min(tiny).log_().mul_(self.weights)
-
-    @cached_property
-    def row_logs(self) -> Tensor:
-        """Sum of w ln w over keys, (b,h,n): minus a query's entropy, in nats."""
-        return self.logs.sum(-1)
+    def logs(self) -> tuple[Tensor, Tensor]:
+        """Sums of w ln w over keys (b,h,n), minus a query's entropy in nats, and over queries
+        (b,h,m); made of a few rows at a time, which stay in the processor's cache.
+        """
+        tiny, rows = torch.finfo(self.weights.dtype).tiny, []
+        columns = torch.zeros_like(self.mass)
+        size = max(1, CHUNK * self.weights.shape[2] // max(1, self.weights.numel()))
+        for part in self.weights.split(size, 2):
+            terms = part.clamp_min(tiny).log_().mul_(part)
+            rows.append(terms.sum(-1))
+            columns += terms.sum(-2)
+        return torch.cat(rows, -1), columns
 
     @cached_property
     def runs(self) -> Tensor:

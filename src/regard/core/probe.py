@@ -18,11 +18,11 @@ from torch import Tensor
 
 from regard.core.card import Claim, Documented, Golden, Paper
 from regard.core.errors import UnsupportedError
-from regard.core.model_scores import model_scored
 from regard.core.moment import Moment, Site
-from regard.core.observe import Seen, observe
+from regard.core.observe import Seen
 from regard.core.passage import Passage
 from regard.core.scene import Scene
+from regard.core.shown import tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,26 +158,6 @@ def look_at(at: Moment) -> Look:
         at=at,
         cross=at.site.cross,
     )
-
-
-def observed(at: Moment) -> Iterator[Seen]:
-    """The weights of a call, tile by tile.
-
-    Raises:
-        UnsupportedError: keys were evicted, so that each head holds its own.
-    """
-    if at.call is None:
-        raise UnsupportedError("probe", "keys were evicted; probe the model without that plan")
-    call = at.call.but(query_padding=at.query_real)
-    yield from observe(at.q, at.k, call, model_scored(at))
-
-
-def tile(weights: Tensor, causal: bool = True) -> Seen:
-    """Whole matrices (B,H,N,M) as one tile; if causal, the last query sees the last key."""
-    b, h, n, m = weights.shape
-    visible = torch.ones(1, 1, n, m, dtype=torch.bool, device=weights.device)
-    visible = visible.tril(m - n) if causal else visible
-    return Seen(slice(0, b), slice(0, h), slice(0, n), slice(0, m), weights, visible)
 
 
 def plain_look(weights: Tensor, tokens: Tensor | None = None) -> Look:

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.call import Call
-from regard.core.cutting import hand_over, key_heads, moment_of, parts_of
+from regard.core.cutting import given_mask, hand_over, key_heads, moment_of, parts_of
 from regard.core.errors import UnsupportedError
 from regard.core.evicting import evict
 from regard.core.incoming import Chosen, Incoming, Memory
 from regard.core.kept import Bucket
 from regard.core.model_scores import finished
-from regard.core.moment import Held, Moment
+from regard.core.moment import Held, Moment, View
 from regard.core.narrowing import narrowed
 from regard.core.scored import attend
 from regard.core.treatment import Place
@@ -34,6 +34,7 @@ def treat(call: Incoming, steps: Sequence[Chosen], memory: Memory) -> Tensor:
     """Output (B,H,N,E) of one call under its steps; then evictions, recorded in memory."""
     active = [s for s in steps if call.phase in s.phases]
     _extend(call, memory)
+    call.views = [] if any(s.treatment.watches for s in active) else None
     for step in active:
         if step.touches("inputs"):
             _change_inputs(call, step, memory)
@@ -44,6 +45,7 @@ def treat(call: Incoming, steps: Sequence[Chosen], memory: Memory) -> Tensor:
         if step.touches("output"):
             for heads, bucket in parts_of(step.heads, call.site, memory.buckets):
                 at = moment_of(call, heads, bucket, memory, step)
+                at.views = call.views or []
                 out[:, list(heads)] = step.treatment.output(out[:, list(heads)], at)
     if call.cached:
         evict(call, [s for s in active if s.touches("keep")], memory)
@@ -119,13 +121,14 @@ def _changed(
 ) -> Tensor | None:
     """Output of some heads under the steps that change attention; None: the model's own."""
     at = moment_of(call, heads, bucket, memory, None)
-    touched = bucket is not None
+    whole, touched = at.call, bucket is not None
     rewriting: list[Chosen] = []
     for step in steps:
         hand_over(at, step, call, memory)
         given = step.treatment.attention(at)
         if given is not None:
             _check_last(step, steps)
+            _show(call, View(heads))
             return given
         bias, visible = step.treatment.bias(at), step.treatment.visible(at)
         if bias is not None:
@@ -141,8 +144,18 @@ def _changed(
         for step in rewriting:
             hand_over(at, step, call, memory)
             weights = step.treatment.weights(weights, at)
+        _show(call, View(heads, at, weights))
         return group_values(weights.to(at.v.dtype), at.v)
+    if call.views is not None and whole is not None and at.call is None:
+        at.call = whole.but(mask=given_mask(at.seen()))
+    _show(call, View(heads, at))
     return _fused(narrowed(at)) if touched else None
+
+
+def _show(call: Incoming, view: View) -> None:
+    """Let a step that watches see what became of some heads."""
+    if call.views is not None:
+        call.views.append(view)
 
 
 def _check_last(step: Chosen, steps: Sequence[Chosen]) -> None:

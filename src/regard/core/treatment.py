@@ -48,6 +48,11 @@ class Treatment:
         return False
 
     @property
+    def watches(self) -> bool:
+        """Whether it only looks, and wants to be shown (`Moment.views`) what earlier steps did."""
+        return False
+
+    @property
     def serves(self) -> frozenset[Phase]:
         """Phases in which it can act on causal attention; a step that names others is refused."""
         return frozenset(("prefill", "decode"))

@@ -74,6 +74,9 @@ class SdpaHost(Parts):
             and not any(r.startswith(name + ".") or name.startswith(r + ".") for r in reached)
         }
 
+    def in_force(self, model: Any) -> bool:
+        return any(run.model is model for run in _RUNS.get())
+
     @contextmanager
     def run(
         self,
@@ -96,7 +99,7 @@ class SdpaHost(Parts):
         if storage:
             raise UnsupportedError("storage", "this model's host has no cache")
         modules = dict(model.named_modules())
-        run = SdpaRun({s.name: s for s in self.sites(model)}, dict(steps))
+        run = SdpaRun(model, {s.name: s for s in self.sites(model)}, dict(steps))
         handles: list[Any] = []
         token = _RUNS.set((*_RUNS.get(), run))
         try:
@@ -115,8 +118,9 @@ class SdpaHost(Parts):
 
 @dataclass(eq=False)
 class SdpaRun:
-    """A plan in force: its sites, the modules being run, outermost first, what layers share."""
+    """A plan in force: its model and sites, modules being run, what layers share."""
 
+    model: Any
     sites: dict[str, Site]
     steps: dict[str, Sequence[Chosen]]
     stack: list[str] = field(default_factory=list)

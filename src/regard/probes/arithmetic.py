@@ -74,7 +74,7 @@ def accuracy_without(scene: Scene, heads: Sequence[tuple[int, int]]) -> float:
             mine = sorted({h for layer, h in heads if layer == site.layer})
             if mine:
                 steps[site.name] = [chosen(Replaced(values, where), mine)]
-        with scene.host.run(scene.model, steps):
+        with scene.run(steps):
             logits = last_logits(scene.model(**passage.inputs), passage)
         right.append(logits.argmax(-1) == right_answer(passage, WHO))
     return float(torch.cat(right).double().mean())

@@ -19,7 +19,8 @@ from torch import Tensor
 from regard.core.card import Claim, Golden, Paper
 from regard.core.errors import ArgumentError
 from regard.core.observe import Seen
-from regard.core.probe import Finding, Look, ProbeCard, add_columns, plain_look, tile, zeros
+from regard.core.probe import Finding, Look, ProbeCard, add_columns, plain_look, zeros
+from regard.core.shown import tile
 from regard.importance.token_weights import rescaled
 
 

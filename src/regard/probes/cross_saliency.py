@@ -22,8 +22,9 @@ from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.moment import Moment, Site
 from regard.core.passage import Passage
-from regard.core.probe import Finding, ProbeCard, observed
+from regard.core.probe import Finding, ProbeCard
 from regard.core.scene import Scene
+from regard.core.shown import observed
 from regard.core.treatment import Treatment
 from regard.lenses.agreement import pearson
 from regard.lenses.forced_decoding import Spoken, said_of

@@ -27,9 +27,9 @@ from regard.core.probe import (
     mean_of_rows,
     measured,
     plain_look,
-    tile,
     zeros,
 )
+from regard.core.shown import tile
 from regard.importance.entropy_penalty import entropy_penalty, row_entropies
 
 
@@ -49,10 +49,11 @@ class _Spread:
         self.mass, self.logs, self.viewers = (zeros(look, m) for _ in range(3))
 
     def add(self, seen: Seen) -> None:
-        add_rows(self.rows, seen, -seen.row_logs)
+        rows, columns = seen.logs
+        add_rows(self.rows, seen, -rows)
         add_rows(self.seen, seen, seen.in_view)
         add_columns(self.mass, seen, seen.mass)
-        add_columns(self.logs, seen, seen.logs.sum(-2))
+        add_columns(self.logs, seen, columns)
         add_columns(self.viewers, seen, seen.viewers)
 
     def found(self) -> Finding:

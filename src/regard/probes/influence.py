@@ -62,7 +62,7 @@ def attention_influence(scene: Scene, heads: Sequence[tuple[int, int]]) -> Itera
         for changed in (False, True):
             with ExitStack() as stack:
                 if changed and steps:
-                    stack.enter_context(scene.host.run(scene.model, steps))
+                    stack.enter_context(scene.run(steps))
                 losses.append(Predictions.of(scene.model(**passage.inputs), passage).losses())
         yield (losses[1] - losses[0]) / losses[0]
 

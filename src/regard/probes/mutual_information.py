@@ -45,14 +45,14 @@ class _Information:
         asking = self.asking[seen.batch, None, seen.rows]
         if not self.look.prefix:
             add_columns(self.mass, seen, seen.mass)
-            add_rows(self.entropy, seen, -seen.row_logs)
+            add_rows(self.entropy, seen, -seen.logs[0])
             return
         kept = self.kept[seen.keys]
         weights = seen.weights * (kept & asking[..., None])
-        total = weights.sum(-1).clamp_min(torch.finfo(weights.dtype).tiny)
-        logs = (seen.logs * kept).sum(-1)
-        add_columns(self.mass, seen, (weights / total[..., None]).sum(-2))
-        add_rows(self.entropy, seen, (total.log() - logs / total) * asking)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
+        add_columns(self.mass, seen, weights.sum(-2))
+        add_rows(self.entropy, seen, torch.special.entr(weights).sum(-1))
 
     def found(self) -> Finding:
         count = self.asking.sum(-1)[:, None].double()

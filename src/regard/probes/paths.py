@@ -16,7 +16,7 @@ from regard.core.moment import Site
 from regard.core.outputs import Noted, Replaced, without
 from regard.core.passage import Passage
 from regard.core.passing import overwritten, passing
-from regard.core.scene import Scene, chosen
+from regard.core.scene import LAST, Scene, chosen
 from regard.probes.receivers import Caught, Delivered, Receiver
 
 
@@ -59,7 +59,7 @@ class Pair:
     def swapped(self, site: Site, head: int) -> Tensor:
         """Logits (B,V) when a head gives what it gives in the contrast and all follows from it."""
         step = chosen(Replaced(self._sent(site, head), self.where), [head])
-        with self.scene.host.run(self.scene.model, {site.name: [step]}):
+        with self.scene.run({site.name: [step]}):
             return last_logits(self.scene.model(**self.passage.inputs), self.passage)
 
     def sent(self, site: Site, head: int, receivers: Sequence[Receiver] = ()) -> Tensor:
@@ -70,8 +70,8 @@ class Pair:
         frozen = Replaced({**self.heads, **self._sent(site, head)}, self.where)
         for other in self.scene.chain:
             every = range(other.heads)
-            steps[other.name] = [chosen(caught, every), chosen(frozen, every, 1)]
-        with self._frozen_forward(), self.scene.host.run(self.scene.model, steps):
+            steps[other.name] = [chosen(caught, every), chosen(frozen, every, LAST + 1)]
+        with self._frozen_forward(), self.scene.run(steps):
             logits = last_logits(self.scene.model(**self.passage.inputs), self.passage)
         if not receivers:
             return logits
@@ -81,7 +81,7 @@ class Pair:
             mine = {(h, c): caught.found[target.name, c] for i, h, c in receivers if i == layer}
             step = chosen(Delivered(mine, self.where), range(target.heads))
             delivered[target.name] = [step]
-        with self.scene.host.run(self.scene.model, delivered):
+        with self.scene.run(delivered):
             return last_logits(self.scene.model(**self.passage.inputs), self.passage)
 
     def _sent(self, site: Site, head: int) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def _said(
     inputs = dict(passage.inputs)
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     steps = {s.name: [chosen(watch, range(s.heads), phases=BOTH)] for s in sites}
-    with scene.host.run(scene.model, steps):
+    with scene.run(steps):
         said = scene.model.generate(
             **inputs,
             max_new_tokens=length,

@@ -21,7 +21,8 @@ from torch import Tensor
 from regard.core.card import Claim, Golden, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.observe import Seen
-from regard.core.probe import Finding, Look, ProbeCard, plain_look, tile, zeros
+from regard.core.probe import Finding, Look, ProbeCard, plain_look, zeros
+from regard.core.shown import tile
 from regard.core.tile_sums import along_keys
 
 

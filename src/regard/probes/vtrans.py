@@ -86,9 +86,13 @@ class Gate:
         """Sum over heads of 1/2 log(1 + mu^2 / sigma^2), in nats."""
         return 0.5 * torch.log1p(self.mu**2 / (self.log_noise.exp() + SMALL)).sum()
 
+    def noise_to_signal(self) -> Tensor:
+        """log(sigma^2 / mu^2) of every head, with gradients."""
+        return self.log_noise - (self.mu**2 + SMALL).log()
+
     def ratio(self) -> Tensor:
-        """log(sigma^2 / mu^2) of every head."""
-        return (self.log_noise - (self.mu**2 + SMALL).log()).detach().double()
+        """log(sigma^2 / mu^2) of every head, as a finding."""
+        return self.noise_to_signal().detach().double()
 
 
 @dataclass(frozen=True, eq=False)

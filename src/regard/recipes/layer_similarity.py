@@ -10,35 +10,40 @@ from torch import Tensor
 
 from regard.core.answers import real_tokens_of
 from regard.core.errors import ArgumentError
-from regard.core.passage import passage_of
+from regard.core.passage import Passage, passage_of
 from regard.core.scene import Scene
 from regard.importance.layer_similarity import Drops, dropped, dropped_in_turn
 from regard.plan import Plan, Step
 from regard.probes.layer_similarity import LayerSimilarity
 
-SUBLAYERS = ("attention", "mlp")
+SUBLAYERS = {"attention": "attention", "mlp": "mlp", "block": "both"}
+"""What is measured, and what leaves it out."""
 
 
 @torch.no_grad()
-def sublayer_similarity(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Mean cosines (L,) of the stream before and after each attention part and each feed-forward
-    part, over the real tokens of batches (keyword arguments of one forward, `attention_mask` among
-    them if there is padding).
+def sublayer_similarity(
+    model: Any, batches: Iterable[Passage | Mapping[str, Any]], plan: Plan | None = None
+) -> dict[str, Tensor]:
+    """Mean cosines (L,) of the stream before and after each attention part, each feed-forward part
+    and each block of both, over the real tokens of batches (passages, or keyword arguments of one
+    forward, `attention_mask` among them if there is padding). plan: what the model does meanwhile.
 
     Raises:
         ArgumentError: there is no batch.
         UnsupportedError: a block that does not add what its attention gives to its input.
     """
-    scene = Scene.of(model, [passage_of(batch) for batch in batches])
+    steps = None if plan is None else plan.resolve(model).table
+    scene = Scene.of(model, [passage_of(batch) for batch in batches], steps)
     if not scene.passages:
         raise ArgumentError("batches", "one batch or more", 0)
     sums = {part: torch.zeros(len(scene.chain), dtype=torch.float64) for part in SUBLAYERS}
-    for passage, site, finding in LayerSimilarity().run(scene):
-        count = real_tokens_of(passage).sum(-1)
-        for part in SUBLAYERS:
-            found = finding.layers.get(f"{part}_similarity")
-            if found is not None:
-                sums[part][site.layer] += (count * found.double()).sum().cpu()
+    with scene.planned():
+        for passage, site, finding in LayerSimilarity().run(scene):
+            count = real_tokens_of(passage).sum(-1)
+            for part in SUBLAYERS:
+                found = finding.layers.get(f"{part}_similarity")
+                if found is not None:
+                    sums[part][site.layer] += (count * found.double()).sum().cpu()
     tokens = sum(int(real_tokens_of(passage).sum()) for passage in scene.passages)
     return {part: total / tokens for part, total in sums.items()}
 
@@ -49,29 +54,28 @@ def drop_plan(drops: Drops) -> Plan:
     return Plan(
         name="layer drop",
         steps=tuple(
-            Step(treatment="layer_drop", options={"sublayer": part}, layers=tuple(numbers))
-            for part, numbers in layers.items()
-            if numbers
+            Step(treatment="layer_drop", options={"sublayer": what}, layers=tuple(layers[part]))
+            for part, what in SUBLAYERS.items()
+            if layers[part]
         ),
     )
 
 
 def least_needed(
     model: Any,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Passage | Mapping[str, Any]],
     count: int,
     *,
     sublayers: tuple[str, ...] = ("attention",),
     in_turn: bool = False,
 ) -> Plan:
-    """The plan that drops the `count` sub-layers that turn the stream least, of one kind or of both
-    together; in_turn: measured again after each.
+    """The plan that drops the `count` sub-layers that turn the stream least, of one kind or of
+    several together; in_turn: measured again after each.
     """
     batches = list(batches)
 
     def measure(gone: Drops) -> dict[str, Tensor]:
-        with drop_plan(gone).applied(model):
-            found = sublayer_similarity(model, batches)
+        found = sublayer_similarity(model, batches, drop_plan(gone))
         return {name: found[name] for name in sublayers}
 
     drops = dropped_in_turn(measure, count) if in_turn else dropped(measure(()), count)

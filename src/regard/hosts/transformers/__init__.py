@@ -36,6 +36,11 @@ class TransformersHost(Parts):
     def unreached(self, model: Any) -> Mapping[str, str]:
         return unreached_by(model)
 
+    def in_force(self, model: Any) -> bool:
+        from regard.hosts.transformers.run import RUNS
+
+        return any(run.model is model for run in RUNS.get())
+
     @contextmanager
     def run(
         self,
