@@ -17,7 +17,7 @@ from regard.atlases.record import Atlas
 from regard.atlases.survey import atlas
 from regard.cli.main import app
 from regard.core.catalog import probe_cards
-from regard.core.errors import ArgumentError, UnknownNameError
+from regard.core.errors import ArgumentError, UnknownNameError, UnsupportedError
 from regard.core.observe import Seen
 from regard.core.passage import Passage
 from regard.core.probe import Finding, Look, Reading, measured, plain_look
@@ -276,3 +276,38 @@ def test_examples_count_real_tokens(left: bool) -> None:
         for own, other in zip(mine.spans, theirs.spans, strict=True):
             assert (own.start, own.words) == (other.start, other.words)
             assert own.weights == pytest.approx(other.weights, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", sorted(n for n, c in probe_cards().items() if c.kind == "reading"))
+def test_company_and_kernel_do_not_matter(name: str) -> None:
+    """Two sequences side by side, one of them padded, give what each gives alone, whichever kernel
+    the model itself runs.
+    """
+    long, short = prompt(40), prompt(25, seed=3)
+    padded = torch.cat([torch.zeros(1, 15, dtype=torch.long), short], 1)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :15] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    pair = {"input_ids": torch.cat([long, padded]), "attention_mask": mask}
+    eager = tiny_decoder()
+    eager.set_attn_implementation("eager")
+    passages = [pair | {"position_ids": positions}], [{"input_ids": long}, {"input_ids": short}]
+    try:
+        together, apart, other = (
+            atlas(model, given, [name], examples=0)
+            for model, given in (
+                (tiny_decoder(), passages[0]),
+                (tiny_decoder(), passages[1]),
+                (eager, passages[1]),
+            )
+        )
+    except UnsupportedError as error:
+        assert "role" in str(error) or "image" in str(error)
+        return
+    for rows in zip(together.rows, apart.rows, other.rows, strict=True):
+        first, *rest = rows
+        for row in rest:
+            assert (row.layer, row.head, row.metric, row.n) == (
+                first.layer, first.head, first.metric, first.n,
+            )  # fmt: skip
+            assert row.value == pytest.approx(first.value, abs=1e-5, rel=1e-5, nan_ok=True)
