@@ -278,6 +278,9 @@ def test_examples_count_real_tokens(left: bool) -> None:
             assert own.weights == pytest.approx(other.weights, abs=2e-4)
 
 
+NEED_IMAGES = ("image_heads", "rings")
+
+
 @pytest.mark.parametrize("name", sorted(n for n, c in probe_cards().items() if c.kind == "reading"))
 def test_company_and_kernel_do_not_matter(name: str) -> None:
     """Two sequences side by side, one of them padded, give what each gives alone, whichever kernel
@@ -301,8 +304,9 @@ def test_company_and_kernel_do_not_matter(name: str) -> None:
                 (eager, passages[1]),
             )
         )
-    except UnsupportedError as error:
-        assert "role" in str(error) or "image" in str(error)
+    except UnsupportedError:
+        if name not in NEED_IMAGES:
+            raise
         return
     for rows in zip(together.rows, apart.rows, other.rows, strict=True):
         first, *rest = rows

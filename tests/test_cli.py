@@ -29,7 +29,7 @@ def failure(*arguments: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("verb", ["list", "info", "show", "compare", "evaluate", "env"])
+@pytest.mark.parametrize("verb", ["list", "info", "show", "compare", "evaluate", "fit", "env"])
 def test_help_of_every_verb_has_an_example(verb: str) -> None:
     result = run(verb, "--help")
     assert result.exit_code == 0

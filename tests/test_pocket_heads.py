@@ -18,7 +18,8 @@ from regard.probes.ablation import Ablation
 from regard.probes.activation_patching import ActivationPatching
 from regard.probes.circuits import circuit_overlap, in_circuit
 from regard.probes.influence import attention_influence
-from regard.recipes.retrieval_heads import passage_of_question
+from regard.recipes.measures import generated
+from regard.recipes.retrieval_heads import passage_of_question, silencing_plan
 from regard.tasks.corpus import corpus
 from regard.tasks.induction import Induction
 from regard.tasks.needle import Needle
@@ -100,3 +101,20 @@ def test_costs_by_domain(model: Any) -> None:
     repeated, text = (found.map(f"cost_of_uniform@{d}") for d in ("repeated", "text"))
     assert float(text[2].min()) > 0.005
     assert float(repeated[2].mean()) < float(text[2].mean()) / 5
+
+
+def test_without_the_heads_that_the_atlas_calls_retrieval_no_needle_is_found(
+    model: Any, measured: Atlas
+) -> None:
+    """The causal check: as many other heads, made uniform likewise, do no harm."""
+    heads = measured.select("retrieval", top=TOP)
+    others = measured.select("retrieval", top=TOP, lowest=True)
+    task = Needle(length=256, examples=32)
+    answers = []
+    for chosen in ((), others, heads):
+        with silencing_plan(chosen).applied(model):
+            answers.append(generated(model, task, "test"))
+    untouched, without_others, without = answers
+    assert untouched > 0.9
+    assert without_others > 0.9 * untouched
+    assert without <= task.chance
