@@ -213,12 +213,12 @@ def test_what_a_rule_hides() -> None:
         span_losses(effects, rules, 40, 4)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 2, 6])  # fronts of four to seven plans
 def test_the_front_against_every_plan(seed: int) -> None:
     """Four heads, three of them in a layer of two rules: a fine grid finds the whole front."""
     random = np.random.default_rng(seed)
     losses, costs = random.random((2, 4, 3)), random.random((1, 4, 3))
-    budgets = np.array([costs[0].mean(1).sum()])
+    budgets = np.array([1.3 * costs[0].mean(1).sum()])
     blocks, rows = np.array([0, 0, 0, 1]), np.arange(4)
     every = [
         np.array(x)
@@ -229,7 +229,7 @@ def test_the_front_against_every_plan(seed: int) -> None:
     found = pareto(losses, costs, budgets, blocks=blocks, distinct=2, points=40)
     got = np.array([losses[:, rows, x].sum(1) for x in found])
     best = values[front(values)]
-    assert len(best) > 2
+    assert len(best) > 3
     assert got[got[:, 0].argsort()] == pytest.approx(best[best[:, 0].argsort()])
 
 
@@ -520,6 +520,8 @@ def test_bisection_finds_planted_shares() -> None:
     assert rising.shares == (0.5, 0.5), "dropped tokens are gone for the second layer too"
     free = greedy_schedule(lambda s: -max(0.0, 0.5 - s[1]), 2, levels=8, nested=False)
     assert free.shares == (0.125, 0.5)
+    falling = greedy_schedule(lambda s: -float(s[1] > s[0] or s[1] < 0.6), 2, levels=8)
+    assert falling.shares == (0.625, 0.625), "no layer is asked whether it keeps more"
     with pytest.raises(ArgumentError, match="tolerance"):
         greedy_schedule(score, 5, tolerance=-1)
     with pytest.raises(ArgumentError, match="score"):
@@ -627,8 +629,8 @@ def test_blocks_and_joint_lists_are_dropped() -> None:
 
 def test_what_similarity_drops_hurts_less_than_chance(pocket: Any) -> None:
     """Two sub-layers of eight, against the mean over every other pair."""
-    given = needles(255, 8, "valid")
-    exam = needles(255, 16, "test")
+    given = needles(191, 8, "valid")
+    exam = needles(191, 8, "test")
     names: Drops = tuple(itertools.product(("attention", "mlp"), range(4)))
     plans = [drop_plan(pair) for pair in itertools.combinations(names, 2)]
     plans.append(layer_dropping(pocket, given, 2, kind="joint"))

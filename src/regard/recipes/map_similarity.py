@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.core.errors import ArgumentError
-from regard.core.passage import passage_of
+from regard.core.passage import Passage, passage_of
 from regard.core.scene import Scene
 from regard.importance.map_similarity import map_similarity
 from regard.plan import Plan, Step
@@ -18,11 +18,11 @@ from regard.probes.map_similarity import maps_of
 
 @torch.no_grad()
 def layer_map_similarity(
-    model: Any, batches: Iterable[Mapping[str, Any]], *, rows: int | None = None
+    model: Any, batches: Iterable[Passage | Mapping[str, Any]], *, rows: int | None = None
 ) -> Tensor:
     """Similarities (L,L) of a decoder's or an encoder's L layers, averaged over the sequences of
-    batches, each the keyword arguments of one forward; the maps of a batch are held at once: whole,
-    or of as many `rows` per sequence.
+    batches, each a passage or the keyword arguments of one forward; the maps of a batch are held at
+    once: whole, or of as many `rows` per sequence.
 
     Raises:
         ArgumentError: there is no batch.

@@ -22,10 +22,14 @@ def answer_losses(model: Any, passage: Passage, plan: Plan | None = None) -> Ten
     is a causal language model of transformers.
 
     Raises:
-        UnsupportedError: a passage without an answer, or a model without a cache.
+        UnsupportedError: a passage without an answer or with a prompt that is padded at its end; a
+            model without a cache.
     """
     if passage.answer is None:
         raise UnsupportedError("search", "a passage has no answer to score")
+    padding = passage.padding
+    if padding is not None and not bool(padding[:, -1].all()):
+        raise UnsupportedError("search", "a prompt is padded at its end; pad at its start")
     answer = passage.answer
     with nullcontext() if plan is None else plan.applied(model):
         read = model(**passage.inputs, use_cache=True)

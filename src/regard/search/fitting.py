@@ -27,9 +27,9 @@ from regard.plan.resolved import default_sites, signature
 from regard.search.answering import mean_loss
 from regard.search.prices import Prices
 from regard.search.rules import Group, Rule, groups_of, plan_of
+from regard.search.series import Ahead, Series, Told
 from regard.search.solver import Numbers, solve
 
-Told = Callable[[float, str], None]
 NEGLIGIBLE = 0.003
 """Nats per answer: a smaller rise of the loss is none."""
 
@@ -78,10 +78,11 @@ def sensitivity(
     rules: Sequence[Rule],
     *,
     known: MutableMapping[str, float] | None = None,
+    ahead: Ahead | None = None,
     progress: Told | None = None,
 ) -> Sensitivity:
     """Measure every rule on every group alone. known: losses by key, looked up before a measurement
-    and added to after it, so that an interrupted search goes on.
+    and added to after it, so that an interrupted search goes on. ahead: measures them elsewhere.
 
     Raises:
         ArgumentError: no passage; a model that is no decoder.
@@ -94,14 +95,13 @@ def sensitivity(
     known = {} if known is None else known
     untouched = remembered(known, "untouched", lambda: mean_loss(model, given))
     rises = np.zeros((len(groups), len(rules)))
-    for g, group in enumerate(groups):
-        for c, rule in enumerate(rules):
-            key = f"{group.layer}.{group.kv_head} {rule.label}"
+    wanted = [_alone(group, rules, untouched + NEGLIGIBLE) for group in groups]
+    if ahead is not None:
+        ahead(wanted, progress)
+    for g, series in enumerate(wanted):
+        for c, (key, plan) in enumerate(zip(series.keys, series.plans, strict=True)):
             if progress is not None:
                 progress((g + c / len(rules)) / len(groups), key)
-            if rule.treatment is None:
-                break
-            plan = plan_of([group], rules, np.array([c]), name="")
             loss = remembered(known, key, lambda plan=plan: mean_loss(model, given, plan))
             rises[g, c] = loss - untouched
             if rises[g, c] <= NEGLIGIBLE:
@@ -113,7 +113,18 @@ def sensitivity(
     return Sensitivity(groups, tuple(rules), falling, untouched)
 
 
+def _alone(group: Group, rules: Sequence[Rule], enough: float) -> Series:
+    """The plans in which one group alone follows a rule."""
+    acting = [(c, r) for c, r in enumerate(rules) if r.treatment is not None]
+    return Series(
+        tuple(f"{group.layer}.{group.kv_head} {rule.label}" for _, rule in acting),
+        tuple(plan_of([group], rules, np.array([c]), name="") for c, _ in acting),
+        enough,
+    )
+
+
 def remembered(known: MutableMapping[str, float], key: str, measure: Callable[[], float]) -> float:
+    """What is known under a key, measured and noted where nothing is."""
     if key not in known:
         known[key] = measure()
     return known[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Prices:
                 met.
         """
         if not self.reaches(budget) or budget > 1:
-            raise ArgumentError("budget", f"a part of {self.least:.4f} to 1 of the whole", budget)
+            least = math.ceil(1e4 * self.least) / 1e4  # rounded up, so that it can be met
+            raise ArgumentError("budget", f"a part of {least:.4f} to 1 of the whole", budget)
         return budget - self.fixed
 
     @property

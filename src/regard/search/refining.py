@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from regard.core.passage import Passage
 from regard.search.answering import mean_loss
-from regard.search.fitting import Fitted, Sensitivity, Told, chosen_plan, remembered, spent
+from regard.search.fitting import Fitted, Sensitivity, chosen_plan, remembered, spent
 from regard.search.prices import Prices
 from regard.search.rules import plan_of
+from regard.search.series import Ahead, Series, Told
 from regard.search.solver import Numbers, solve
 
 NEAR = 2
@@ -30,7 +31,7 @@ Choice = NDArray[np.int64]
 
 
 class Company:
-    """Plans by their choices on one model, measured on passages. known: see `sensitivity`."""
+    """Plans by their choices on one model and passages. known, ahead: see `sensitivity`."""
 
     def __init__(
         self,
@@ -38,33 +39,43 @@ class Company:
         passages: Sequence[Passage],
         found: Sensitivity,
         known: MutableMapping[str, float],
+        ahead: Ahead | None = None,
     ) -> None:
         self.model, self.passages, self.found, self.known = model, passages, found, known
+        self.ahead = ahead
 
     def loss(self, choice: Choice) -> float:
         """Mean loss of the answers under a choice (G,)."""
+        (key,), (plan,) = (one := self._series(choice)).keys, one.plans
+        return remembered(self.known, key, lambda: mean_loss(self.model, self.passages, plan))
+
+    def _series(self, choice: Choice) -> Series:
         rules = [self.found.rules[c].label for c in choice.tolist()]
         plan = plan_of(self.found.groups, self.found.rules, choice, name="")
-        key = " | ".join(rules)
-        return remembered(self.known, key, lambda: mean_loss(self.model, self.passages, plan))
+        return Series((" | ".join(rules),), (plan,))
 
     def rises(self, choice: Choice, told: Told | None) -> Numbers:
         """Rises (G,C) around a choice; rules out of reach cost EXCLUDED. Groups that lose nothing
         alone under any rule are not measured again: they may go to any rule.
         """
         rises = np.full(self.found.rises.shape, EXCLUDED)
-        here, last = self.loss(choice), len(self.found.rules) - 1
-        for g, now in enumerate(choice.tolist()):
-            if not self.found.rises[g].any():
-                rises[g] = 0.0
-                continue
+        here, at_stake = self.loss(choice), (self.found.rises != 0).any(axis=1)
+        rises[~at_stake] = 0.0
+        others = {int(g): self._others(choice, int(g)) for g in np.flatnonzero(at_stake)}
+        if self.ahead is not None:
+            self.ahead([self._series(x) for some in others.values() for x in some], told)
+        for g, some in others.items():
             if told is not None:
                 told(g / len(choice), f"key head {g} in company")
-            for c in {*range(max(0, now - NEAR), min(last, now + NEAR) + 1), last}:
-                other = choice.copy()
-                other[g] = c
-                rises[g, c] = self.loss(other) - here
+            for other in some:
+                rises[g, other[g]] = self.loss(other) - here
         return rises
+
+    def _others(self, choice: Choice, g: int) -> list[Choice]:
+        """The choice with each rule in reach for one group."""
+        now, last = int(choice[g]), len(self.found.rules) - 1
+        near = {*range(max(0, now - NEAR), min(last, now + NEAR) + 1), last}
+        return [np.where(np.arange(len(choice)) == g, c, choice) for c in sorted(near)]
 
 
 def concentrated(found: Sensitivity, prices: Prices, budget: float) -> Choice:

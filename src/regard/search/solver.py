@@ -78,7 +78,7 @@ class _Problem:
         self.blocks = None if blocks is None or not distinct else blocks
         more = 0 if self.blocks is None else (int(self.blocks.max()) + 1) * self.choices
         self.size = self.groups * self.choices + more
-        self.rows: list[tuple[Numbers, float, float]] = []
+        self.rows: list[tuple[NDArray[np.int64], Numbers, float, float]] = []
         for cost, budget in zip(costs, budgets, strict=True):
             self.at_most(cost / max(budget, 1e-300), 1 + SLACK)
         self._one_each()
@@ -87,31 +87,22 @@ class _Problem:
 
     def at_most(self, values: Numbers, most: float) -> None:
         """Demand that the sum of the chosen values (G,C) be at most so much."""
-        row = self._row()
-        row[: values.size] = values.ravel()
-        self.rows.append((row, -np.inf, most))
-
-    def _row(self) -> Numbers:
-        return np.zeros(self.size)
+        self.rows.append((np.arange(values.size), values.ravel(), -np.inf, most))
 
     def _one_each(self) -> None:
+        ones, own = np.ones(self.choices), np.arange(self.choices)
         for group in range(self.groups):
-            row = self._row()
-            row[group * self.choices : (group + 1) * self.choices] = 1
-            self.rows.append((row, 1, 1))
+            self.rows.append((group * self.choices + own, ones, 1, 1))
 
     def _few(self, blocks: NDArray[np.int64], distinct: int) -> None:
-        first = self.groups * self.choices
+        first, pair = self.groups * self.choices, np.array([1.0, -1.0])
         for group, block in enumerate(blocks.tolist()):
             for choice in range(self.choices):
-                row = self._row()
-                row[group * self.choices + choice] = 1
-                row[first + block * self.choices + choice] = -1
-                self.rows.append((row, -np.inf, 0))
+                both = np.array([group, self.groups + block]) * self.choices + choice
+                self.rows.append((both, pair, -np.inf, 0))
+        ones, own = np.ones(self.choices), np.arange(self.choices)
         for block in range(int(blocks.max()) + 1):
-            row = self._row()
-            row[first + block * self.choices : first + (block + 1) * self.choices] = 1
-            self.rows.append((row, -np.inf, distinct))
+            self.rows.append((first + block * self.choices + own, ones, -np.inf, distinct))
 
     def solution(self, goal: Numbers) -> NDArray[np.int64]:
         """The choices (G,) with the smallest sum of a goal (G,C).
@@ -122,11 +113,16 @@ class _Problem:
         """
         try:
             from scipy.optimize import Bounds, LinearConstraint, milp
+            from scipy.sparse import csr_array
         except ImportError as error:
             lacks = "scipy is missing (pip install 'regard[search]')"
             raise UnsupportedError("search", lacks) from error
-        bounds: Any = [np.array(x) for x in zip(*self.rows, strict=True)]
-        limits = LinearConstraint(*bounds)
+        columns, values, low, high = zip(*self.rows, strict=True)
+        ends: Any = np.cumsum([0, *map(len, columns)])
+        parts = np.concatenate(values), np.concatenate(columns), ends
+        matrix: Any = csr_array(parts, shape=(len(self.rows), self.size))
+        sides: Any = np.array(low), np.array(high)
+        limits = LinearConstraint(matrix, *sides)
         found = milp(
             np.pad(goal.ravel(), (0, self.size - goal.size)),
             constraints=limits,
