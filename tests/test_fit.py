@@ -405,6 +405,18 @@ def test_command_prints_what_it_writes(
     assert "has perplexity" in Path("found/report.html").read_text()
 
 
+def test_interrupt_tells_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("regard.pocket.language", small_pocket)
+    monkeypatch.setattr("regard.bench.fit.fit", interrupted)
+    result = CliRunner().invoke(app, ["fit", "--no-progress"])
+    assert result.exit_code == 130
+    assert "finished parts are in runs/fit, the same command resumes" in result.stderr
+
+
 # The page
 
 

@@ -15,17 +15,24 @@ from typing import Any
 
 import pytest
 import torch
+from subjects import small_pocket
 from test_compare import FLAGS, numbers, study
 from typer.testing import CliRunner
 
 from regard.bench.compare import Progress, Trialling, compare
 from regard.bench.comparison import Comparison
+from regard.bench.evaluate import evaluate
+from regard.bench.evaluation import Inquiry, Named
+from regard.bench.fit import fit
+from regard.bench.fitting import FitConfig
 from regard.bench.launching import Here, Launcher, LostError, launcher
 from regard.bench.local import Local
 from regard.bench.record import read_record
+from regard.bench.subject import Subject, load
 from regard.bench.trial import Trial, TrialConfig
 from regard.cli.main import app
 from regard.core.errors import ArgumentError, UnknownNameError, UnsupportedError
+from regard.plan import Plan, Step
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,8 @@ def same_files(other: Launcher, out: Path) -> None:
 
 
 def test_processes_give_the_same_files(tmp_path: Path) -> None:
-    same_files(Local(2), tmp_path)
+    with Local(2) as local:
+        same_files(local, tmp_path)
 
 
 def test_a_killed_worker_costs_one_trial_which_is_tried_again(
@@ -120,7 +128,8 @@ def test_a_killed_worker_costs_one_trial_which_is_tried_again(
 ) -> None:
     monkeypatch.setattr("regard.bench.compare.Trialling", KilledOnce)
     seen: list[Progress] = []
-    found = compare(study(), tmp_path / "there", launcher=Local(2), watch=seen.append)
+    with Local(2) as local:
+        found = compare(study(), tmp_path / "there", launcher=local, watch=seen.append)
     assert (tmp_path / "there" / "killed").exists()
     assert seen[-1].done == 2
     monkeypatch.undo()
@@ -132,8 +141,9 @@ def test_a_trial_lost_twice_is_named_and_the_others_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("regard.bench.compare.Trialling", KilledAlways)
-    with pytest.raises(LostError, match=r"2 tries .*softmax, lr 0\.001, seed 0") as caught:
-        compare(study(), tmp_path, launcher=Local(1))
+    lost = pytest.raises(LostError, match=r"2 tries .*softmax, lr 0\.001, seed 0")
+    with Local(1) as local, lost as caught:
+        compare(study(), tmp_path, launcher=local)
     assert caught.value.names == ("softmax, lr 0.001, seed 0",)
     assert [trial["config"]["mechanism"]["name"] for trial in stored(tmp_path).values()] == [
         "uniform"
@@ -149,34 +159,41 @@ def test_a_trial_lost_twice_is_named_and_the_others_are_kept(
 def test_only_the_killed_record_starts_twice(tmp_path: Path) -> None:
     told: list[tuple[int, float]] = []
     job = Marked(tmp_path, fatal=2, times=1)
-    found = dict(Local(2).map(job, range(5), lambda record, value: told.append((record, value))))
+    with Local(2) as local:
+        found = dict(local.map(job, range(5), lambda record, value: told.append((record, value))))
+        (tmp_path / "next").mkdir()
+        ids = {child.pid for child in multiprocessing.active_children()}
+        list(local.map(Marked(tmp_path / "next"), range(2), silent))
+        assert ids <= {child.pid for child in multiprocessing.active_children()}  # they stayed
     assert found == {n: (n * n, 1) for n in range(5)}  # and workers have this process's threads
-    starts = sorted(path.name for path in tmp_path.iterdir())
+    starts = sorted(path.name for path in tmp_path.glob("*.*"))
     assert starts == ["0.0", "1.0", "2.0", "2.1", "3.0", "4.0"]
     assert sorted(told) == [(0, 0.0), (1, 0.1), (2, 0.2), (2, 0.2), (3, 0.3), (4, 0.4)]
     assert multiprocessing.active_children() == []
 
 
 def test_the_number_of_tries(tmp_path: Path) -> None:
-    with pytest.raises(LostError, match="number 0"):
-        list(Local(1, again=2).map(Marked(tmp_path, fatal=0), range(1), silent))
+    with Local(1, again=2) as local, pytest.raises(LostError, match="number 0"):
+        list(local.map(Marked(tmp_path, fatal=0), range(1), silent))
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_errors_cross_whole(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="record: expected another, got 1") as caught:
-        list(Local(1).map(Marked(tmp_path, 1, 0, "regard"), range(3), silent))
-    assert caught.value.argument == "record"
-    assert not (tmp_path / "2.0").exists()  # at once
-    with pytest.raises(RuntimeError, match="Stubborn: stubborn"):
-        list(Local(1).map(Marked(tmp_path, 1, 0, "foreign"), range(1, 2), silent))
+    with Local(1) as local:
+        with pytest.raises(ArgumentError, match="record: expected another, got 1") as caught:
+            list(local.map(Marked(tmp_path, 1, 0, "regard"), range(3), silent))
+        assert caught.value.argument == "record"
+        assert not (tmp_path / "2.0").exists()  # at once
+        with pytest.raises(RuntimeError, match="Stubborn: stubborn"):
+            list(local.map(Marked(tmp_path, 1, 0, "foreign"), range(1, 2), silent))
     assert multiprocessing.active_children() == []
 
 
 def test_leaving_early_ends_the_workers(tmp_path: Path) -> None:
-    running = Local(1).map(Marked(tmp_path), range(3), silent)
-    assert next(iter(running)) == (0, (0, 1))
-    running.close()  # type: ignore[attr-defined]
+    with Local(2) as local:
+        running = local.map(Marked(tmp_path), range(3), silent)
+        assert next(iter(running))[0] in (0, 1)
+        running.close()  # type: ignore[attr-defined]
     assert multiprocessing.active_children() == []
 
 
@@ -185,12 +202,78 @@ def test_nothing_to_do_starts_nothing(tmp_path: Path) -> None:
         assert list(one.map(Marked(tmp_path), (), silent)) == []
 
 
+# Fits and evaluations
+
+
+def test_a_fit_gives_the_same_numbers_and_files(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("scipy")
+    config = FitConfig(
+        budget=0.5, lengths=(96,), examples=8, exams=16, rounds=1, seconds=0.0, shares=(0.5, 1.0),
+        tokens=2,
+    )  # fmt: skip
+    subject, found = load("pocket"), []
+    here = fit(config, subject, tmp_path / "here")
+    with Local(2) as local:
+        there = fit(config, subject, tmp_path / "there", launcher=local)
+    for one in (here, there):
+        scores = [row.scores for row in one.evaluation.rows]
+        found.append((one.plan, one.groups, one.predicted, one.measured, one.untouched, scores))
+    assert found[0] == found[1]
+    for name in ("plan.json", "losses"):
+        (one,), (other,) = (list((tmp_path / w).rglob(f"{name}*/*" if name == "losses" else name))
+                            for w in ("here", "there"))  # fmt: skip
+        assert one.read_text() == other.read_text()
+    sheets = [
+        {path.name for path in (tmp_path / w / "sheets").iterdir()} for w in ("here", "there")
+    ]
+    assert sheets[0] == sheets[1]
+
+
+def test_the_command_takes_a_launcher_and_says_nothing_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    step = Step(treatment="stream", options={"budget": 0.5})
+    Plan(steps=(step,)).save(tmp_path / "half.json")
+    command = [sys.executable, "-c", "from regard.cli.main import app; app()", "evaluate"]
+    command += ["--plan", str(tmp_path / "half.json"), "--task", "needle", "--length", "160"]
+    command += [
+        "--examples",
+        "4",
+        "--tokens",
+        "2",
+        "--seconds",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    run = subprocess.run(
+        [*command, "--launcher", "local", "--workers", "1"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert len(list((tmp_path / "out" / "sheets").iterdir())) == 2
+    assert "half" in run.stdout
+
+
+def test_a_model_that_workers_cannot_find_again_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    subject = Subject("pocket", *small_pocket())
+    asked = Inquiry(
+        plans=(Named(label="none", plan=Plan()),), tasks=("needle",), lengths=(160,), examples=2
+    )
+    with Local(1) as local, pytest.raises(ArgumentError, match="launcher: expected here"):
+        evaluate(asked, subject, tmp_path, launcher=local)
+
+
 # Names
 
 
 def test_launchers_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(launcher(), Here)
-    assert launcher("local", 3) == Local(3)
+    local = launcher("local", 3)
+    assert isinstance(local, Local)
+    assert local.workers == 3
     with pytest.raises(UnknownNameError, match="did you mean local"):
         launcher("locale")
     with pytest.raises(ArgumentError, match="workers: expected at least 1"):

@@ -31,7 +31,7 @@ from regard.search.amp import amp, sizes
 from regard.search.configuring import admits
 from regard.search.gate_costs import costs_of, everything_of
 from regard.search.information_gates import FAMILIES, Factors, InformationGates, multiplied
-from regard.search.settling import folded
+from regard.search.settling import folded, settled
 from regard.search.slimming import Kept, everything, parameters_of, slim
 from regard.search.vtrans import Bottleneck, Gating, vtrans
 from regard.testing.tiny import SHAPE, prompt, tiny_decoder, tiny_encoder
@@ -415,6 +415,7 @@ def test_the_target_is_reached() -> None:
             300,
             0.4,
             variant="faster",
+            options=Bottleneck(gate_rate=0.1),
             watch=lambda _: ratios.append(float(lesson[0].expected_ratio().detach())),
         )
     assert abs(ratios[-1] - 0.4) < 0.01
@@ -482,3 +483,47 @@ def test_vtrans_refuses(wrong: dict[str, Any]) -> None:
             0.3,
             options=Bottleneck(families=("words",)),
         )
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.35, 0.6])
+@pytest.mark.parametrize(
+    "shut",
+    [{}, {"layers": [0, 2]}, {"heads": [0, 1, 2, 3, 4]}, {"channels": list(range(24))}],
+    ids=lambda shut: "-".join(shut) or "none",
+)
+def test_whatever_gates_are_shut_the_target_is_met(
+    shut: dict[str, list[int]], ratio: float
+) -> None:
+    model = llama(num_key_value_heads=2)
+    gates, costs = gates_of(model, **shut), costs_of(model, blocks_of(model), "parameters")
+    kept = settled(gates, costs, (1 - ratio) * parameters_of(model), model)
+    left = parameters_of(slim(model, kept)) / parameters_of(model)
+    assert left == pytest.approx(1 - ratio, abs=0.02)
+
+
+@pytest.mark.slow
+def test_a_pocket_model_without_its_weakest_parts_reads_better_than_without_random_ones() -> None:
+    import regard.pocket
+    from regard.recipes.pocket_language import losses
+    from regard.tasks.needle import Needle
+
+    model, _ = regard.pocket.language()
+    stream = Needle(256, facts=8, asked=8).batches("train", 8)
+    given = [{"input_ids": next(stream).inputs} for _ in range(4)]
+    test = next(iter(Needle(512, facts=20, asked=20).batches("test", 8)))
+
+    @torch.no_grad()
+    def text(one: Any) -> float:
+        return losses(one, test.inputs, test.targets)[1].item()
+
+    found = amp(model, given, 0.35)
+    units = len(found.kept.units[0])
+    for seed in range(3):
+        random = torch.Generator().manual_seed(seed)
+        heads = tuple(
+            tuple(2 * group + i for i in (0, 1))
+            for group in torch.randint(0, 2, (4,), generator=random).tolist()
+        )
+        drawn = (torch.randperm(256, generator=random)[:units].sort().values for _ in range(4))
+        other = slim(model, Kept(heads, tuple(tuple(x.tolist()) for x in drawn)))
+        assert text(model) < text(found.model) < text(other)

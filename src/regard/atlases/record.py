@@ -71,7 +71,7 @@ class Atlas:
         Raises:
             UnknownNameError: no such metric or tower.
         """
-        tower = self.towers[0] if tower is None else tower
+        tower = next(iter(self.towers), "") if tower is None else tower
         for what, name, known in (
             ("metric", metric, self.metrics),
             ("tower", tower, self.towers),
@@ -92,7 +92,7 @@ class Atlas:
         Raises:
             UnknownNameError: no such metric of layers.
         """
-        tower = self.towers[0] if tower is None else tower
+        tower = next(iter(self.towers), "") if tower is None else tower
         if metric not in self.layer_metrics:
             raise UnknownNameError("metric of layers", metric, self.layer_metrics)
         found = torch.full((1 + max(r.layer for r in self.rows if r.tower == tower),), float("nan"))

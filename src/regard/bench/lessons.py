@@ -1,4 +1,4 @@
-"""What a search learns from: examples like those of an exam, drawn apart from them, with answers."""
+"""What a search learns from: examples like those of an exam, drawn apart from them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ The data must ask for what lies far back, at positions that are supervised:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from regard.core.hosting import Host, host_of
 from regard.core.incoming import Chosen
 from regard.core.moment import Moment, Site
 from regard.core.treatment import Treatment
+from regard.recipes.training import frozen
 from regard.tasks.task import IGNORED, Batch
 from regard.treatments.duo import check_stream, gated
 
@@ -131,7 +131,7 @@ class GateTraining:
     ) -> Tensor:
         """Train for some steps; the gates (layers, key heads), clamped to [0, 1]."""
         optimiser = torch.optim.AdamW([self.alpha], RATE, weight_decay=0.0)
-        with _frozen(self.model):
+        with frozen(self.model):
             for done in range(steps):
                 with torch.no_grad():
                     self.alpha.clamp_(0, 1)
@@ -148,17 +148,3 @@ def _factor(done: int, steps: int) -> float:
     """What the learning rate is multiplied by: up, level, down."""
     ramp = max(1, int(steps * WARM_UP))
     return min(1.0, max((done + 1) / ramp, LEAST), max((steps - done) / ramp, LEAST))
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """The model in evaluation mode and without gradients; afterwards as before."""
-    training = model.training
-    learning = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for p in learning:
-            p.requires_grad_(True)

@@ -117,9 +117,13 @@ class ScatterText:
 
 
 def scatter(
-    points: Sequence[Point], axes: tuple[Axis, Axis], chance: float, text: ScatterText, width: int
+    points: Sequence[Point],
+    axes: tuple[Axis, Axis],
+    chance: float | None,
+    text: ScatterText,
+    width: int,
 ) -> Scatter:
-    """Points on (x, y) axes at a width in pixels; `chance` is a dashed line."""
+    """Points on (x, y) axes at a width in pixels; `chance` is a dashed line, None: no line."""
     narrow = width < 600
     height = (400 if narrow else 430) + 9 * max(len(points) - 10, 0)
     plot = Box(46, 30, width - 12, height - 46)
@@ -133,14 +137,14 @@ def scatter(
         return round(inner.bottom - y_axis.part(value) * (inner.bottom - inner.top), 2)
 
     marks = tuple(Mark(across(p.x), up(p.y), up(p.low), up(p.high), p) for p in points)
-    chance_at = up(chance) if chance >= y_axis.low else None
+    chance_at = None if chance is None or chance < y_axis.low else up(chance)
     joins = _joins(marks)
     labels, left_out = _labels(marks, joins, plot, chance_at, narrow)
     return Scatter(
         text.name, text.title, text.x_title, text.y_title, width, height, plot,
         tuple((across(t.value), t.text) for t in x_axis.ticks),
         tuple((up(t.value), t.text) for t in y_axis.ticks),
-        chance_at, f"chance {short_percent(chance)}",
+        chance_at, "" if chance is None else f"chance {short_percent(chance)}",
         tuple((line[0].point.look, " ".join(f"{m.x},{m.y}" for m in line)) for line in joins),
         marks, labels, left_out,
     )  # fmt: skip

@@ -32,5 +32,12 @@ def colour(part: float, stops: tuple[str, ...] = SEQUENTIAL) -> str:
     return "#" + "".join(f"{round(x):02x}" for x in mixed)
 
 
+def ink(fill: str) -> str:
+    """Black or white text (almost), whichever stands out more on a colour #rrggbb."""
+    parts = [(channel / 255) ** 2.2 for channel in _channels(fill)]
+    light = sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    return "#1c1e22" if light > 0.2 else "#ffffff"
+
+
 def _channels(stop: str) -> list[int]:
     return [int(stop[i : i + 2], 16) for i in (1, 3, 5)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from regard.core.errors import ArgumentError
+from regard.report.reading import Shown, read_shown
 
 SCHEMA = "regard.evaluation/1"
 
@@ -15,13 +15,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Record(BaseModel):
-    """Read-only; fields this version does not show are let pass."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Spread(_Record):
+class Spread(Shown):
     """Median and quartiles over rounds."""
 
     median: Number
@@ -30,7 +24,7 @@ class Spread(_Record):
     rounds: Count
 
 
-class Score(_Record):
+class Score(Shown):
     """An accuracy with its interval, or a perplexity."""
 
     kind: Literal["accuracy", "perplexity"]
@@ -41,7 +35,7 @@ class Score(_Record):
     chance: Number
 
 
-class Row(_Record):
+class Row(Shown):
     """One plan at one length; the row without a plan is the untouched model."""
 
     label: str
@@ -58,7 +52,7 @@ class Row(_Record):
     decode_speedup: Spread
 
 
-class Subject(_Record):
+class Subject(Shown):
     """The model."""
 
     name: str
@@ -69,7 +63,7 @@ class Subject(_Record):
     fingerprint: str
 
 
-class Evaluation(_Record):
+class Evaluation(Shown):
     """A whole evaluation, the untouched model first at every length."""
 
     subject: Subject
@@ -79,8 +73,8 @@ class Evaluation(_Record):
     tokens: int
     rows: tuple[Row, ...] = Field(min_length=1)
     notes: tuple[str, ...] = ()
-    hardware: dict[str, Any] = {}
-    versions: dict[str, Any] = {}
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, Any] = Field(default_factory=dict)
     seconds: Number
     command: str
 
@@ -95,11 +89,4 @@ def read_evaluation(evaluation: Mapping[str, Any]) -> Evaluation:
     Raises:
         ArgumentError: another schema, or a field that is missing or of the wrong kind.
     """
-    if evaluation.get("schema") != SCHEMA:
-        raise ArgumentError("evaluation.schema", SCHEMA, repr(evaluation.get("schema")))
-    try:
-        return Evaluation.model_validate(dict(evaluation))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in ("evaluation", *first["loc"]))
-        raise ArgumentError(where, first["msg"], repr(first["input"])[:80]) from error
+    return read_shown(Evaluation, evaluation, SCHEMA)

@@ -6,12 +6,21 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from regard.core.card import Card, Paper
-from regard.core.catalog import cards, probe_cards, searcher_cards, study_cards, treatments
+from regard.core.catalog import (
+    cards,
+    probe_cards,
+    recipe_cards,
+    searcher_cards,
+    study_cards,
+    treatments,
+)
 from regard.core.probe import ProbeCard
+from regard.core.recipe import RecipeCard
 from regard.core.searcher import SearcherCard
 from regard.core.study import StudyCard
 from regard.core.treatment import TreatmentCard
 
+Told = TreatmentCard | ProbeCard | StudyCard | SearcherCard | RecipeCard
 STATUS_START, STATUS_END = "<!-- status: made by `make docs` -->", "<!-- end of status -->"
 
 _HEAD = """# Methods
@@ -56,6 +65,12 @@ the cards by `make docs`; do not edit.
 
 """
 
+_RECIPES = """
+## Recipes
+
+Training and distillation that plans and smaller models need.
+"""
+
 
 def methods_page() -> str:
     """Markdown page with one table per family."""
@@ -93,9 +108,11 @@ def studies_page() -> str:
 
 
 def searchers_page() -> str:
-    """Markdown page with one table of all searchers."""
+    """Markdown page with one table of all searchers, and one of the recipes they need."""
     lines = ["| name | how it searches | finds | paper |", "|---|---|---|---|"]
-    lines += [_searcher_row(card) for card in searcher_cards().values()]
+    lines += [_cells(card, card.finds) for card in searcher_cards().values()]
+    lines += [_RECIPES, "| name | what is trained | paper |", "|---|---|---|"]
+    lines += [_cells(card) for card in recipe_cards().values()]
     return _SEARCHERS + "\n".join(lines) + "\n"
 
 
@@ -166,11 +183,7 @@ def _study_row(card: StudyCard) -> str:
     return _cells(card, str(card.seconds))
 
 
-def _searcher_row(card: SearcherCard) -> str:
-    return _cells(card, card.finds)
-
-
-def _cells(card: TreatmentCard | ProbeCard | StudyCard | SearcherCard, *more: str) -> str:
+def _cells(card: Told, *more: str) -> str:
     """Name and summary, what else a table tells, papers."""
     summary = card.summary.replace("|", "\\|")
     return "| " + " | ".join((f"`{card.name}`", summary, *more, _papers(card.papers))) + " |"

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 
-from regard.core.errors import ArgumentError
+from regard.report.reading import Shown, read_shown
 
 SCHEMA = "regard.comparison/1"
 SOLVED = 0.99
@@ -23,13 +23,7 @@ Number = Annotated[float | None, AfterValidator(_finite)]
 Count = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Record(BaseModel):
-    """Read-only; fields this version does not show are let pass."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Citation(_Record):
+class Citation(Shown):
     """Where a mechanism comes from."""
 
     title: str
@@ -43,7 +37,7 @@ class Citation(_Record):
         return self.url if self.url and self.url.startswith(("https://", "http://")) else None
 
 
-class CurvePoint(_Record):
+class CurvePoint(Shown):
     """One measurement during training; a loss that is no number means divergence."""
 
     step: Count
@@ -51,7 +45,7 @@ class CurvePoint(_Record):
     accuracy: Number
 
 
-class Curve(_Record):
+class Curve(Shown):
     """The training run of one seed."""
 
     seed: int
@@ -74,7 +68,7 @@ class Curve(_Record):
         return points
 
 
-class Row(_Record):
+class Row(Shown):
     """One mechanism with its options, trained at its best learning rate with every seed.
 
     accuracy_mean, accuracy_std, accuracies: test accuracy over seeds. lrs: validation accuracy by
@@ -84,12 +78,12 @@ class Row(_Record):
 
     label: str
     mechanism: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     family: str
     citations: tuple[Citation, ...] = ()
     summary: str = ""
     lr: Number = None
-    lrs: dict[float, Number] = {}
+    lrs: dict[float, Number] = Field(default_factory=dict)
     accuracy_mean: Number
     accuracy_std: Number = None
     accuracies: tuple[Number, ...] = ()
@@ -121,14 +115,14 @@ class Row(_Record):
         return mean is not None and (mean >= SOLVED or self.steps_to_99 is not None)
 
 
-class Comparison(_Record):
+class Comparison(Shown):
     """A whole comparison, best row first."""
 
     task: dict[str, Any]
     chance: Annotated[float, Field(ge=0, le=1)]
     rows: tuple[Row, ...] = Field(min_length=1)
-    hardware: dict[str, Any] = {}
-    versions: dict[str, Any] = {}
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, Any] = Field(default_factory=dict)
     seconds: Count
     command: str
     notes: tuple[str, ...] = ()
@@ -145,13 +139,6 @@ def read_comparison(comparison: Mapping[str, Any]) -> Comparison:
     Raises:
         ArgumentError: another schema, or a field that is missing or of the wrong kind.
     """
-    if comparison.get("schema") != SCHEMA:
-        raise ArgumentError("comparison.schema", SCHEMA, repr(comparison.get("schema")))
-    try:
-        read = Comparison.model_validate(dict(comparison))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in ("comparison", *first["loc"]))
-        raise ArgumentError(where, first["msg"], repr(first["input"])[:80]) from error
+    read = read_shown(Comparison, comparison, SCHEMA)
     rows = sorted(read.rows, key=lambda row: (-(row.accuracy_mean or 0), row.state_bytes or 1e30))
     return read.model_copy(update={"rows": tuple(rows)})

@@ -5,25 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from regard.core.errors import ArgumentError
+from regard.report.reading import Shown, read_shown
 
 SCHEMA = "regard.speed/1"
 Count = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Record(BaseModel):
-    """Read-only; fields this version does not show are let pass."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Mechanism(_Record):
+class Mechanism(Shown):
     """A mechanism and its options."""
 
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -33,7 +27,7 @@ class Mechanism(_Record):
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
 
 
-class Spread(_Record):
+class Spread(Shown):
     """Median and quartiles."""
 
     median: Count
@@ -41,7 +35,7 @@ class Spread(_Record):
     high: Count
 
 
-class _Cell(_Record):
+class _Cell(Shown):
     """A mechanism, and how measuring it ended."""
 
     mechanism: Mechanism
@@ -83,7 +77,7 @@ class Decoded(_Cell):
     fraction: Count | None = None
 
 
-class Target(_Record):
+class Target(Shown):
     """A promise and what was reached."""
 
     name: str
@@ -97,7 +91,7 @@ class Target(_Record):
     reason: str = ""
 
 
-class Efficiency(_Record):
+class Efficiency(Shown):
     """From which length a mechanism wins, and where it loses."""
 
     mechanism: Mechanism
@@ -114,7 +108,7 @@ class Efficiency(_Record):
         return f"{self.wins_from:,}" if self.loses else f"≤ {self.wins_from:,}"
 
 
-class Roof(_Record):
+class Roof(Shown):
     """Best rates seen."""
 
     matmul_float32: Count
@@ -123,18 +117,18 @@ class Roof(_Record):
     read_bytes: Count
 
 
-class Session(_Record):
+class Session(Shown):
     """One run of a bench command."""
 
     started: str
     command: str
     load: Count | None = None
-    hardware: dict[str, Any] = {}
-    versions: dict[str, Any] = {}
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, Any] = Field(default_factory=dict)
     roof: Roof
 
 
-class Speed(_Record):
+class Speed(Shown):
     """Everything measured in one folder."""
 
     setting: dict[str, Any]
@@ -154,11 +148,4 @@ def read_speed(speed: Mapping[str, Any]) -> Speed:
     Raises:
         ArgumentError: another schema, or a field that is missing or of the wrong kind.
     """
-    if speed.get("schema") != SCHEMA:
-        raise ArgumentError("speed.schema", SCHEMA, repr(speed.get("schema")))
-    try:
-        return Speed.model_validate(dict(speed))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in ("speed", *first["loc"]))
-        raise ArgumentError(where, first["msg"], repr(first["input"])[:80]) from error
+    return read_shown(Speed, speed, SCHEMA)

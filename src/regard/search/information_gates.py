@@ -13,7 +13,7 @@ is written to it, the embedding included; `layers`, on what a layer's two parts 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,30 +121,24 @@ def multiplied(model: Any, blocks: Sequence[BlockLinears], factors: Factors) -> 
         """x (B,N,C) times by (B or 1, C)."""
         return x * by[:, None].to(x.dtype)
 
-    handles = [
-        model.get_input_embeddings().register_forward_hook(
-            lambda _, args, output: scaled(output, factors.channels)
+    with ExitStack() as hooks:
+        hooks.callback(
+            model.get_input_embeddings()
+            .register_forward_hook(lambda _, args, output: scaled(output, factors.channels))
+            .remove
         )
-    ]
-    for layer, one in enumerate(blocks):
-        width = sides(one.joined)[0] // one.site.kv_heads
-        entering = (
-            (one.joined, factors.heads[:, layer].repeat_interleave(width, -1)),
-            (one.back, factors.units[:, layer]),
-        )
-        written = factors.channels * factors.layers[:, layer, None]
-        for module, by in entering:
+        for layer, one in enumerate(blocks):
+            width = sides(one.joined)[0] // one.site.kv_heads
+            written = factors.channels * factors.layers[:, layer, None]
+            entering = factors.heads[:, layer].repeat_interleave(width, -1), factors.units[:, layer]
+            for module, by in zip((one.joined, one.back), entering, strict=True):
 
-            def enter(_: Any, args: Any, by: Tensor = by) -> Any:
-                return (scaled(args[0], by), *args[1:])
+                def enter(_: Any, args: Any, by: Tensor = by) -> Any:
+                    return (scaled(args[0], by), *args[1:])
 
-            def leave(_: Any, args: Any, output: Any, by: Tensor = written) -> Any:
-                return scaled(output, by)
+                def leave(_: Any, args: Any, output: Any, by: Tensor = written) -> Any:
+                    return scaled(output, by)
 
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave))
-    try:
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
+                hooks.callback(module.register_forward_hook(leave).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -88,17 +88,18 @@ def _best(ratios: Tensor, count: int) -> Indices:
 
 
 def _taken(model: Any, groups: int, most: int, channels: int, into: type | None) -> tuple[int, int]:
-    """Numbers of key heads and channels that the configuration takes: the nearest."""
+    """Numbers of key heads and channels that the configuration takes: the nearest heads, and no
+    fewer channels if that can be.
+    """
     width = model.config.hidden_size
     group = model.config.num_attention_heads // most
+    fewer = () if channels == width else range(channels - 1, 0, -1)
+    counts = (*range(channels, width + 1), *fewer)
     for heads in sorted(range(1, most + 1), key=lambda g: (abs(g - groups), -g)):
-        for gone in range(width):
-            for count in dict.fromkeys((channels + gone, channels - gone)):
-                changes = {"num_attention_heads": heads * group, "num_key_value_heads": heads}
-                if not 1 <= count <= width or (channels == width and count != width):
-                    continue
-                if admits(model, changes | {"hidden_size": count}, into):
-                    return heads, count
+        for count in counts:
+            changes = {"num_attention_heads": heads * group, "num_key_value_heads": heads}
+            if admits(model, changes | {"hidden_size": count}, into):
+                return heads, count
     raise UnsupportedError("vtrans", f"{type(model.config).__name__} takes no other numbers")
 
 

@@ -53,13 +53,19 @@ class Bottleneck:
 
     beta: float = 1e-3
     weights: Mapping[str, float] = field(
-        default_factory=lambda: {"heads": 256.0, "units": 1.0, "channels": 1.0, "layers": 256.0}
+        default_factory=lambda: {"heads": 256.0, "units": 1.0, "channels": 1.0, "layers": 1.0}
     )
     families: Sequence[str] = FAMILIES
     gate_rate: float = 0.05
     rate: float = 2e-5
     measure: Measure = "parameters"
     length: int = 1024
+
+    def __post_init__(self) -> None:
+        if not set(self.families) <= set(self.weights):
+            raise ArgumentError("weights", f"one for each of {self.families}", self.weights)
+        if min(self.beta, *self.weights.values()) < 0 or self.gate_rate <= 0:
+            raise ArgumentError("beta, weights, gate_rate", "no negative numbers", self)
 
 
 class Gating(nn.Module):
