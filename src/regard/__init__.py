@@ -13,6 +13,7 @@ _HOMES = {
     "Call": "regard.core.call",
     "Causal": "regard.core.mask",
     "Document": "regard.masks.document",
+    "Passage": "regard.core.passage",
     "Plan": "regard.plan",
     "Result": "regard.core.call",
     "Sinks": "regard.masks.sinks",
@@ -24,6 +25,7 @@ _HOMES = {
     "cards": "regard.core.catalog",
     "create": "regard.build",
     "explain": "regard.core.scored",
+    "fit": "regard.search.verb",
     "merge": "regard.core.merge",
     "treatment": "regard.core.catalog",
     "treatment_cards": "regard.core.catalog:treatments",
@@ -45,11 +47,13 @@ if TYPE_CHECKING:
     from regard.core.errors import UnsupportedError as UnsupportedError
     from regard.core.mask import Causal as Causal
     from regard.core.merge import merge as merge
+    from regard.core.passage import Passage as Passage
     from regard.core.scored import explain as explain
     from regard.masks.document import Document as Document
     from regard.masks.sinks import Sinks as Sinks
     from regard.masks.window import Window as Window
     from regard.plan import Plan as Plan
+    from regard.search.verb import fit as fit
 
 
 _ROOMS = ("pocket",)

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from regard.bench.machine import Hardware, Versions, hardware, versions
 from regard.bench.record import Record
-from regard.bench.spec import Spec
+from regard.bench.spec import HYBRID, Spec
 from regard.bench.study import Study
 from regard.bench.trial import Point, Share, Trial
 from regard.core.card import Card
@@ -107,16 +107,16 @@ def _row(spec: Spec, trials: list[Trial]) -> Row:
     valid = {lr: fmean(t.valid_accuracy for t in group) for lr, group in by_rate.items()}
     cost = {lr: fmean(t.flops_total for t in group) for lr, group in by_rate.items()}
     best = max(valid, key=lambda lr: (valid[lr], -cost[lr]))
-    chosen, entry = by_rate[best], card(spec.name)
+    chosen, entries = by_rate[best], _cards(spec, trials[0].config.network.layers)
     accuracies = tuple(trial.test_accuracy for trial in chosen)
     reached = [trial.steps_to_solve for trial in chosen]
     return Row(
         label=spec.label,
         mechanism=spec.name,
         options=spec.options,
-        family=entry.family,
-        citations=citations(entry),
-        summary=entry.summary,
+        family=entries[0].family if len(entries) == 1 else HYBRID,
+        citations=tuple(dict.fromkeys(paper for entry in entries for paper in citations(entry))),
+        summary="; ".join(entry.summary for entry in entries),
         lr=best,
         lrs={f"{lr:g}": accuracy for lr, accuracy in sorted(valid.items())},
         accuracy_mean=fmean(accuracies),
@@ -130,6 +130,11 @@ def _row(spec: Spec, trials: list[Trial]) -> Row:
         diverged=sum(trial.status == "diverged" for trial in chosen),
         curves=tuple(Curve(seed=trial.seed, points=trial.curve) for trial in chosen),
     )
+
+
+def _cards(spec: Spec, layers: int) -> list[Card]:
+    """The cards of the mechanisms in so many layers, each once."""
+    return [card(name) for name in dict.fromkeys(part.name for part in spec.over(layers))]
 
 
 def citations(entry: Card) -> tuple[Citation, ...]:

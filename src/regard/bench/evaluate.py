@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,25 +10,17 @@ import torch
 from regard.bench.costs import CostConfig, Costs, measure_costs
 from regard.bench.evaluation import Evaluation, Inquiry, Sheet, SheetConfig, Task
 from regard.bench.evaluation_rows import assembled
+from regard.bench.examining import Asked, Examining, exam
 from regard.bench.exams import Exam
-from regard.bench.machine import hardware, versions
+from regard.bench.launching import Here, Launcher
 from regard.bench.record import read_record, write_json
 from regard.bench.store import Store
 from regard.bench.subject import Subject
 from regard.bench.sweep import Progress, Watch
-from regard.bench.symbol_exams import SymbolFacts
-from regard.bench.text_exams import Passages, Source, TextFacts
+from regard.bench.text_exams import Source
 from regard.core.errors import ArgumentError, RegardError
 from regard.plan import Plan
 from regard.tasks.corpus import corpus
-from regard.tasks.needle import Needle
-
-QUESTIONS = 8
-"""A passage has many tokens to score, a question few: so many questions to a passage."""
-FACTS = 16
-"""Facts of recall in symbols, all asked."""
-NAMED_FACTS = 4
-"""The same, in text."""
 
 Exams = Mapping[tuple[int, Task], Exam]
 
@@ -39,29 +30,47 @@ def unwatched(progress: Progress) -> None:
 
 
 def evaluate(
-    inquiry: Inquiry, subject: Subject, out: Path, *, command: str = "", watch: Watch = unwatched
+    inquiry: Inquiry,
+    subject: Subject,
+    out: Path,
+    *,
+    command: str = "",
+    watch: Watch = unwatched,
+    launcher: Launcher | None = None,
 ) -> Evaluation:
     """Set every exam that `out` does not hold yet, measure costs, and put all side by side.
 
     Everything is checked before anything runs: that plans fit the model, that tasks fit the
     lengths, and what the folder holds. Sheets are kept in OUT/sheets and costs in OUT/costs as they
     finish, the result in OUT/evaluation.json. What `watch` raises ends the evaluation, and the next
-    call goes on from what is finished.
+    call goes on from what is finished. launcher: where exams run, in this process if None; costs
+    are measured here, when nothing else runs.
 
     Raises:
         ArgumentError: a value or result folder that cannot be used; it is named.
         PlanError, UnsupportedError: a plan that does not fit the model; it is named.
+        LostError: exams whose workers were killed; all others are finished.
     """
     exams = checked(inquiry, subject)
     work = _Work(inquiry, subject, exams, out)
     result = out / "evaluation.json"
     if result.exists():
         read_record(result, Evaluation)
-    todo = list(work.missing())
+    sheets, costs = work.missing_sheets(), work.missing_costs()
     total = len(inquiry.lengths) * (len(work.plans) * len(inquiry.tasks) + 1)
-    for index, (what, measure) in enumerate(todo):
-        watch(Progress(total - len(todo) + index, total, what))
-        measure()
+    done = total - len(sheets) - len(costs)
+    examining = Examining(inquiry, subject, (out / "sheets").absolute())
+
+    def told(asked: Asked, value: object) -> None:
+        watch(Progress(done, total, examining.name(asked)))
+
+    for _, sheet in (launcher or Here()).map(examining, sheets, told):
+        work.sheet_store.take(sheet)
+        done += 1
+    for config in costs:
+        watch(Progress(done, total, f"costs at {config.length}"))
+        work.measure(config)
+        done += 1
     watch(Progress(total, total))
     evaluation = assembled(inquiry, work.sheets(), work.costs(), work.record, command)
     write_json(result, evaluation)
@@ -93,20 +102,6 @@ def checked(inquiry: Inquiry, subject: Subject) -> Exams:
     }
 
 
-def exam(task: Task, length: int, inquiry: Inquiry, subject: Subject) -> Exam:
-    """A task for this model at one length."""
-    examples, file = inquiry.examples, inquiry.file
-    if task == "perplexity":
-        return Passages(subject, length, max(1, examples // QUESTIONS), file)
-    if not subject.symbols:
-        facts = 1 if task == "needle" else NAMED_FACTS
-        return TextFacts(subject, length, facts, examples, inquiry.seed, file)
-    if task == "needle":
-        return SymbolFacts(Needle(length, file=file, examples=examples), inquiry.seed)
-    needle = Needle(length, facts=FACTS, asked=FACTS, file=file, examples=examples)
-    return SymbolFacts(needle, inquiry.seed)
-
-
 class _Work:
     """An inquiry into one model, and what its folder holds of it."""
 
@@ -118,18 +113,20 @@ class _Work:
         named = {p.label: p.plan.model_copy(update={"name": ""}) for p in inquiry.plans}
         self.plans: dict[str, Plan | None] = {"": None, **named}
 
-    def missing(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """What is not in the folder: a name for it, and what measures and keeps it."""
-        for length in self.inquiry.lengths:
-            for task in self.inquiry.tasks:
-                for label, plan in self.plans.items():
-                    config = self._sheet(length, task, plan)
-                    if config.id not in self.sheet_store.records:
-                        said = f"{label or 'dense'}, {task} at {length}"
-                        yield said, lambda c=config, key=(length, task): self._examine(c, key)
-            costs = self._costs(length)
-            if costs.id not in self.cost_store.records:
-                yield f"costs at {length}", lambda c=costs: self._measure(c)
+    def missing_sheets(self) -> list[Asked]:
+        """Exams that are not in the folder."""
+        return [
+            Asked(label, task, length, config)
+            for length in self.inquiry.lengths
+            for task in self.inquiry.tasks
+            for label, plan in self.plans.items()
+            if (config := self._sheet(length, task, plan)).id not in self.sheet_store.records
+        ]
+
+    def missing_costs(self) -> list[CostConfig]:
+        """Costs that are not in the folder."""
+        found = [self._costs(length) for length in self.inquiry.lengths]
+        return [config for config in found if config.id not in self.cost_store.records]
 
     def sheets(self) -> dict[tuple[int, Task], list[Sheet]]:
         """Finished exams by length and task, the model as it is first."""
@@ -145,18 +142,8 @@ class _Work:
         """Finished costs by length."""
         return {n: self.cost_store.records[self._costs(n).id] for n in self.inquiry.lengths}
 
-    def _examine(self, config: SheetConfig, key: tuple[int, Task]) -> None:
-        started = time.perf_counter()
-        score = self.exams[key].score(self.subject.model, config.plan)
-        device = str(self.subject.model.device)
-        self.sheet_store.add(
-            Sheet(
-                config=config, score=score, versions=versions(), hardware=hardware(device),
-                seconds=time.perf_counter() - started,
-            )
-        )  # fmt: skip
-
-    def _measure(self, config: CostConfig) -> None:
+    def measure(self, config: CostConfig) -> None:
+        """Measure costs and keep them."""
         opening = self.subject.opening
         text = Source(self.subject, self.inquiry.file).passage(0.5, config.length - len(opening))
         prompt = torch.tensor([opening + text])

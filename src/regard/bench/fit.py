@@ -3,48 +3,52 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from regard.atlases.survey import atlas
-from regard.bench.evaluate import evaluate, exam, unwatched
-from regard.bench.evaluation import Evaluation, Inquiry, Named
-from regard.bench.exams import Exam
-from regard.bench.fitting import Assigned, Fit, FitConfig, Ledger, RisesConfig
-from regard.bench.lessons import lessons
+from regard.bench.assigning import assigned
+from regard.bench.evaluate import evaluate, unwatched
+from regard.bench.evaluation import Evaluation, Named
+from regard.bench.fitting import Fit, FitConfig, Ledger, RisesConfig
+from regard.bench.launching import Here, Launcher
+from regard.bench.losses import Ahead, Measuring, examples_of, exams_of, inquiry_of
 from regard.bench.record import write_json
 from regard.bench.subject import Subject
 from regard.bench.sweep import Progress, Watch
 from regard.core.errors import ArgumentError
-from regard.core.passage import Passage
 from regard.plan import Plan, Step
 from regard.search.fitting import Fitted, Sensitivity, decoder_sites, fitted, sensitivity
-from regard.search.prices import Prices, decoding_pace, prices
+from regard.search.pacing import paces
+from regard.search.prices import Prices, prices
 from regard.search.refining import Company, refined
-from regard.search.rules import Rule, groups_of, plan_of, spans
-
-METRICS = ("induction", "sink_first", "local", "previous_token")
-"""Of the atlas, to tell what a key head's queries do."""
+from regard.search.rules import groups_of, plan_of, spans
 
 
 def fit(
-    config: FitConfig, subject: Subject, out: Path, *, command: str = "", watch: Watch = unwatched
+    config: FitConfig,
+    subject: Subject,
+    out: Path,
+    *,
+    command: str = "",
+    watch: Watch = unwatched,
+    launcher: Launcher | None = None,
 ) -> Fit:
     """Measure what every rule costs every key head, choose, and evaluate the choice.
 
     Losses are kept in OUT/losses as they are measured, exams in OUT/sheets and OUT/costs; the same
-    call resumes. Writes OUT/plan.json and OUT/fit.json.
+    call resumes. Writes OUT/plan.json and OUT/fit.json. launcher: where losses and exams are
+    measured, in this process if None; the same numbers come out of all.
 
     Raises:
         ArgumentError: a budget that cannot be met, with the smallest that can; a task the untouched
             model cannot do; a value or folder that cannot be used.
         UnsupportedError: a model without a cache.
+        LostError: losses or exams whose workers were killed; all others are kept.
     """
     began = time.perf_counter()
-    search = _Search(config, subject, out, watch)
+    search = _Search(config, subject, out, watch, launcher)
     search.check_able()
     found, best = search.found(), search.best()
     best.plan.save(out / "plan.json")
@@ -52,7 +56,7 @@ def fit(
     fit = Fit(
         config=config,
         plan=best.plan.model_dump(mode="json", exclude_defaults=True),
-        groups=tuple(_assigned(found, best, search.examples, subject)),
+        groups=tuple(assigned(found, best, search.examples, subject)),
         untouched=found.untouched,
         predicted=best.predicted,
         measured=best.measured,
@@ -68,22 +72,19 @@ def fit(
 class _Search:
     """A fit under way."""
 
-    def __init__(self, config: FitConfig, subject: Subject, out: Path, watch: Watch) -> None:
+    def __init__(
+        self,
+        config: FitConfig,
+        subject: Subject,
+        out: Path,
+        watch: Watch,
+        launcher: Launcher | None,
+    ) -> None:
         self.config, self.subject, self.out, self.watch = config, subject, out, watch
+        self.launcher = launcher
         self.rules = spans(config.shares, config.sinks)
-        self.inquiry = Inquiry(
-            plans=(Named(label="none", plan=Plan()),), tasks=(config.task,),
-            lengths=config.lengths, examples=config.exams, seed=config.seed, tokens=config.tokens,
-            seconds=config.seconds, file=config.file,
-        )  # fmt: skip
-        self.exams: list[Exam] = [
-            exam(config.task, n, self.inquiry, subject) for n in config.lengths
-        ]
-        self.examples: list[Passage] = [
-            passage
-            for one in self.exams
-            for passage in lessons(one, config.examples, subject.model.device)
-        ]
+        self.exams = exams_of(config, subject)
+        self.examples = examples_of(config, subject)
         self.known = Ledger(
             out / "losses",
             RisesConfig(
@@ -93,6 +94,9 @@ class _Search:
                 seed=config.seed,
             ),
         )
+        self.ahead = None
+        if launcher is not None and not isinstance(launcher, Here):
+            self.ahead = Ahead(Measuring(subject, config), launcher, self.known)
         self._fitted: dict[float, Fitted] = {}
         self._found: Sensitivity | None = None
         self._prices: Prices | None = None
@@ -115,6 +119,7 @@ class _Search:
                 self.examples,
                 self.rules,
                 known=self.known,
+                ahead=self.ahead,
                 progress=self._tell,
             )
         return self._found
@@ -122,10 +127,11 @@ class _Search:
     def prices(self) -> Prices:
         """What the rules cost in the budget's unit."""
         if self._prices is None:
-            sites = decoder_sites(self.subject.model)
+            model, sites = self.subject.model, decoder_sites(self.subject.model)
+            groups = groups_of(sites)
             self._prices = prices(
-                self.subject.model, sites, groups_of(sites), self.rules, self.config.lengths,
-                self.config.unit, self._pace,
+                model, sites, groups, self.rules, self.config.lengths, self.config.unit,
+                paces(model, groups, self.examples),
             )  # fmt: skip
         return self._prices
 
@@ -134,7 +140,9 @@ class _Search:
         budget also tries the plan of a smaller one, so that it is never measured to be worse.
         """
         if not self._fitted:
-            company = Company(self.subject.model, self.examples, self.found(), self.known)
+            company = Company(
+                self.subject.model, self.examples, self.found(), self.known, self.ahead
+            )
             for budget in self._budgets():
                 start = fitted(self.subject.model, self.found(), self.prices(), budget)
                 also = [smaller.choice for smaller in self._fitted.values()]
@@ -155,8 +163,11 @@ class _Search:
 
     def evaluation(self, command: str) -> Evaluation:
         """The plans side by side."""
-        inquiry = self.inquiry.model_copy(update={"plans": tuple(self.plans())})
-        return evaluate(inquiry, self.subject, self.out, command=command, watch=self.watch)
+        inquiry = inquiry_of(self.config, self.plans())
+        return evaluate(
+            inquiry, self.subject, self.out, command=command, watch=self.watch,
+            launcher=self.launcher,
+        )  # fmt: skip
 
     def plans(self) -> Iterator[Named]:
         """The fitted plan, others of the same cost, and a step down and up the frontier."""
@@ -193,47 +204,8 @@ class _Search:
         whole = self.prices().costs.max(2).sum(1)
         return float((self.prices().room(budget) / whole).min())
 
-    def _pace(self, rule: Rule | None, length: int) -> float:
-        """Seconds of a decoded token, all heads under one rule."""
-        prompt = next(p for p in self.examples if len(p.inputs["input_ids"][0]) > length // 2)
-        ids = prompt.inputs["input_ids"][:1]
-        groups = groups_of(decoder_sites(self.subject.model))
-        rules = (Rule(None),) if rule is None else (rule,)
-        plan = plan_of(groups, rules, np.zeros(len(groups), dtype=np.int64), name="")
-        with plan.applied(self.subject.model):
-            return decoding_pace(self.subject.model, ids)
-
     def _tell(self, share: float, what: str) -> None:
         self.watch(Progress(round(100 * share), 100, what))
-
-
-def _assigned(
-    found: Sensitivity, best: Fitted, examples: Sequence[Passage], subject: Subject
-) -> Iterator[Assigned]:
-    """What every key head got, and what its query heads do."""
-    site = decoder_sites(subject.model)[0]
-    seen = _metrics(subject, examples[:1], site.tower)
-    for g, group in enumerate(found.groups):
-        rule = found.rules[int(best.choice[g])]
-        heads = slice(group.kv_head * site.group, (group.kv_head + 1) * site.group)
-        yield Assigned(
-            layer=group.layer,
-            kv_head=group.kv_head,
-            rule=rule.label,
-            share=rule.share,
-            rises=tuple(found.rises[g].tolist()),
-            metrics={name: float(x[group.layer, heads].max()) for name, x in seen.items()},
-        )
-
-
-def _metrics(
-    subject: Subject, examples: Sequence[Passage], tower: str
-) -> Mapping[str, torch.Tensor]:
-    """The metrics of the atlas that tell what heads do, (L,H) each."""
-    found = atlas(subject.model, examples, ("copying", "sinks", "distance"), examples=0)
-    return {
-        name: found.map(name, tower).nan_to_num(0.0) for name in METRICS if name in found.metrics
-    }
 
 
 def _notes(config: FitConfig, evaluation: Evaluation) -> Iterator[str]:

@@ -18,9 +18,9 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 class FitConfig(Record):
     """What is asked. budget: part of the untouched model's cost, in `unit`. lengths: tokens of the
-    prompts that the budget must hold at. examples: that losses are measured on; exams:
-    questions that plans are evaluated on. rounds: of refinement in company. shares: parts of the cache that a key head may keep. file: text to
-    use instead of Python's documentation.
+    prompts that the budget must hold at. examples: that losses are measured on; exams: questions
+    that plans are evaluated on. rounds: of refinement in company. shares: parts of the cache that a
+    key head may keep. file: text to use instead of Python's documentation.
     """
 
     budget: Fraction = 0.25
@@ -85,7 +85,8 @@ class Ledger(MutableMapping[str, float]):
 
     def __setitem__(self, key: str, value: float) -> None:
         self.losses[key] = value
-        write_json(self.path, Losses(config=self.config, losses=self.losses))
+        known = dict(sorted(self.losses.items()))  # whoever measured them, in whatever order
+        write_json(self.path, Losses(config=self.config, losses=known))
 
     def __delitem__(self, key: str) -> None:
         del self.losses[key]

@@ -1,7 +1,8 @@
-"""The network of a trial: the backbone that its task asks for, one mechanism in every layer."""
+"""The network of a trial: the backbone that its task asks for, its mechanism in every layer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,14 @@ def build_network(mechanism: Spec, shell: Network, task: Task) -> Language | Vis
         UnsupportedError: a mechanism that cannot serve the task.
         ArgumentError: a convolution asked for on a grid.
     """
-    layers = [(mechanism.name, mechanism.options)] * shell.layers
+    layers = [(part.name, part.options) for part in mechanism.over(shell.layers)]
+    return build_layers(layers, shell, task)
+
+
+def build_layers(
+    layers: Sequence[tuple[str, Mapping[str, Any]]], shell: Network, task: Task
+) -> Language | Vision:
+    """The same with a mechanism and its options for each layer."""
     if task.kind == "tokens":
         conv = CONV if shell.conv is None else shell.conv
         return Language(task.vocab, shell.dim, layers, heads=shell.heads, conv=conv)

@@ -17,6 +17,8 @@ from pydantic import Field, field_validator
 from regard.bench.record import Record
 from regard.core.errors import ArgumentError
 
+HYBRID = "hybrid"
+"""The name of a mechanism that differs from layer to layer."""
 SYNTAX = "name or name(option=value, ...), separated by commas"
 
 
@@ -38,6 +40,22 @@ class Spec(Record):
             return self.name
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         return f"{self.name}({options})"
+
+    def over(self, layers: int) -> tuple[Spec, ...]:
+        """The mechanism of each of so many layers: always this one, or in turn those in the option
+        `layers` of a hybrid, each as text: hybrid(layers=('softmax', 'uniform')).
+
+        Raises:
+            ArgumentError: a hybrid without such layers, or with other options.
+        """
+        if self.name != HYBRID:
+            return (self,) * layers
+        texts: Any = self.options.get("layers")
+        if set(self.options) != {"layers"} or not isinstance(texts, tuple) or not texts:
+            expected = "layers=('softmax', 'uniform', ...) and nothing else"
+            raise ArgumentError(HYBRID, expected, self.options)
+        parts = [parse_spec(str(text), f"{HYBRID}.layers") for text in texts]
+        return tuple(parts[layer % len(parts)] for layer in range(layers))
 
 
 def parse_specs(text: str, argument: str) -> tuple[Spec, ...]:

@@ -44,8 +44,22 @@ class Store(Generic[R]):
 
     def add(self, record: R) -> None:
         """Keep a finished record."""
-        write_json(self.folder / f"{_id(record)}.json", record)
+        keep(self.folder, record)
         self.records[_id(record)] = record
+
+    def take(self, record: R) -> None:
+        """Note a record that a worker has kept, and keep it if that was in another machine's
+        folder.
+        """
+        if (self.folder / f"{_id(record)}.json").exists():
+            self.records[_id(record)] = record
+        else:
+            self.add(record)
+
+
+def keep(folder: Path, record: Record) -> None:
+    """Write a finished record into a folder of such records."""
+    write_json(folder / f"{_id(record)}.json", record)
 
 
 def _id(record: Any) -> str:

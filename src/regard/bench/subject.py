@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class Subject:
     name: str
     model: Any
     text: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process it goes by its name, and is loaded there again."""
+        folder = Path(self.name)
+        name = str(folder.absolute()) if folder.is_dir() else self.name
+        return reloaded, (name, str(self.model.device), fingerprint(self.model))
 
     @property
     def symbols(self) -> bool:
@@ -108,6 +115,19 @@ def load(name: str, device: str = "cpu") -> Subject:
                 name, dtype="auto", use_safetensors=True, **options
             )
     return Subject(name, model.to(place).eval(), text)
+
+
+@lru_cache(maxsize=1)
+def reloaded(name: str, device: str, expected: str) -> Subject:
+    """The model of that name in this process, the last one remembered.
+
+    Raises:
+        ArgumentError: it is not the one with the expected fingerprint.
+    """
+    found = load(name, device)
+    if fingerprint(found.model) != expected:
+        raise ArgumentError("launcher", f"here, for a model that is not {name} as it is kept", name)
+    return found
 
 
 def skeleton(name: str) -> Any:

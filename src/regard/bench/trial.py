@@ -69,6 +69,11 @@ class TrialConfig(Record):
         """A stable name: the same config has the same id on every machine."""
         return digest(self)
 
+    @property
+    def label(self) -> str:
+        """What a reader calls it."""
+        return f"{self.mechanism.label}, lr {self.lr:g}, seed {self.seed}"
+
 
 class Point(Record):
     """A point of the learning curve: mean training loss since the last one (None: it stopped being

@@ -15,9 +15,10 @@ from regard.bench.record import Record, arguments_checked, write_json
 from regard.bench.spec import Spec, parse_options, parse_spec, parse_specs
 from regard.bench.study import Study
 from regard.bench.trial import CONV, STEPS, Budget, Network
+from regard.cli.launching import Launch, Workers, launched
 from regard.cli.measuring import stoppable
 from regard.cli.output import console, notice
-from regard.cli.progress import progress_bar
+from regard.cli.progress import progress_bar, share_bar
 from regard.core.errors import ArgumentError
 from regard.report.units import amount, byte_size, percent
 
@@ -56,10 +57,20 @@ class Compare(Record):
         int | None, Option(help=f"taps of the convolution before each mechanism on tokens [{CONV}]")
     ] = None
     batch: Annotated[int, Option(help="sequences in a training step")] = BUDGET.batch
+    search: Annotated[
+        float | None,
+        Option(
+            min=0,
+            max=1,
+            help="also find which of them suits which layer, within this part of the largest state",
+        ),
+    ] = None
     out: Annotated[Path, Option(help="folder of results; one that exists is resumed")] = Path(
         "runs/compare"
     )
     json_file: Annotated[Path | None, Option("--json", help="a further copy of the result")] = None
+    launcher: Launch = "here"
+    workers: Workers = None
     threads: Annotated[int | None, Option(min=1, help="processor threads [all cores]")] = None
     no_progress: Annotated[bool, Option("--no-progress", help="draw no progress bar")] = False
 
@@ -68,6 +79,8 @@ class Compare(Record):
         with arguments_checked():
             study = self._study()
         _check_file(self.json_file)
+        if self.search is not None:
+            study = self._mixed(study, self.search)
         comparison = self._compared(study)
         page = _report(comparison, self.out)
         if self.json_file is not None:
@@ -94,17 +107,21 @@ class Compare(Record):
             budget=Budget(steps=self.steps, minutes=self.minutes, batch=self.batch),
         )
 
-    def _compared(self, study: Study) -> Comparison:
-        import torch
+    def _mixed(self, study: Study, part: float) -> Study:
+        from regard.bench.mixing import with_mixture
 
+        launched(self.launcher, self.workers, self.threads)
+        with stoppable("nothing of the search is kept"), share_bar(not self.no_progress) as watch:
+            return with_mixture(study, part, self.out, watch)
+
+    def _compared(self, study: Study) -> Comparison:
         from regard.bench.compare import compare
         from regard.bench.machine import command
 
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        launcher, told = launched(self.launcher, self.workers, self.threads), command(sys.argv[1:])
         resumed = f"finished trials are in {self.out}, the same command resumes"
         with stoppable(resumed), progress_bar(not self.no_progress) as watch:
-            return compare(study, self.out, command=command(sys.argv[1:]), watch=watch)
+            return compare(study, self.out, command=told, watch=watch, launcher=launcher)
 
 
 def _numbers(text: str, kind: Callable[[str], N], argument: str) -> tuple[N, ...]:

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from regard.bench.record import Record, arguments_checked
-from regard.cli.measuring import opened, stoppable
+from regard.cli.launching import Launch, Workers, launched
+from regard.cli.measuring import opened, watched
 from regard.cli.output import console
 from regard.core.errors import ArgumentError, UnknownNameError
 from regard.report.units import byte_size, percent
@@ -48,6 +49,8 @@ class Evaluate(Record):
         "runs/evaluate"
     )
     device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu"
+    launcher: Launch = "here"
+    workers: Workers = None
     threads: Annotated[int | None, Option(min=1, help="processor threads [pocket: 1]")] = None
     no_progress: Annotated[bool, Option("--no-progress", help="draw no progress bar")] = False
 
@@ -83,12 +86,13 @@ class Evaluate(Record):
     def _evaluated(self, inquiry: Inquiry) -> Evaluation:
         from regard.bench.evaluate import evaluate
         from regard.bench.machine import command
-        from regard.cli.bench_bar import points_bar
 
+        launcher = launched(self.launcher, self.workers, self.threads)
         subject, told = opened(self.model, self.device, self.threads), command(sys.argv[1:])
-        resumed = f"finished parts are in {self.out}, the same command resumes"
-        with stoppable(resumed), points_bar(not self.no_progress) as watch:
-            return evaluate(inquiry, subject, self.out, command=told, watch=watch)
+        with watched(self.out, not self.no_progress) as watch:
+            return evaluate(
+                inquiry, subject, self.out, command=told, watch=watch, launcher=launcher
+            )
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
@@ -111,7 +115,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 
 def _score(row: EvaluationRow, task: str) -> str:
-    from regard.report.evaluation import interval_text, score_text
+    from regard.report.frontier import interval_text, score_text
 
     score: Score = row.scores[task]
     said = score_text(score.kind, score.value)

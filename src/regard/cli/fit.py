@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from regard.bench.record import Record, arguments_checked
-from regard.cli.measuring import opened, stoppable
+from regard.cli.launching import Launch, Workers, launched
+from regard.cli.measuring import opened, watched
 from regard.cli.output import console
 from regard.report.units import percent
 
@@ -47,6 +48,8 @@ class Fit(Record):
         "runs/fit"
     )
     device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu"
+    launcher: Launch = "here"
+    workers: Workers = None
     threads: Annotated[int | None, Option(min=1, help="processor threads [pocket: 1]")] = None
     no_progress: Annotated[bool, Option("--no-progress", help="draw no progress bar")] = False
 
@@ -88,12 +91,11 @@ class Fit(Record):
     def _fitted(self, config: FitConfig) -> Found:
         from regard.bench.fit import fit
         from regard.bench.machine import command
-        from regard.cli.bench_bar import points_bar
 
+        launcher = launched(self.launcher, self.workers, self.threads)
         subject, told = opened(self.model, self.device, self.threads), command(sys.argv[1:])
-        resumed = f"finished parts are in {self.out}, the same command resumes"
-        with stoppable(resumed), points_bar(not self.no_progress) as watch:
-            return fit(config, subject, self.out, command=told, watch=watch)
+        with watched(self.out, not self.no_progress) as watch:
+            return fit(config, subject, self.out, command=told, watch=watch, launcher=launcher)
 
 
 def groups_table(fit: Found) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,6 +13,7 @@ from regard.cli.output import notice
 
 if TYPE_CHECKING:
     from regard.bench.subject import Subject
+    from regard.bench.sweep import Watch
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -24,6 +26,18 @@ def stoppable(said: str) -> Iterator[None]:
     except KeyboardInterrupt:
         notice(f"stopped; {said}")
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def watched(out: Path, wanted: bool) -> Iterator[Watch]:
+    """A watch, drawn if wanted, of parts that are kept in a folder as they finish: Ctrl-C says how
+    to go on.
+    """
+    from regard.cli.bench_bar import points_bar
+
+    resumed = f"finished parts are in {out}, the same command resumes"
+    with stoppable(resumed), points_bar(wanted) as watch:
+        yield watch
 
 
 def opened(model: str, device: str, threads: int | None) -> Subject:

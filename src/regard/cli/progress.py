@@ -73,6 +73,5 @@ def share_bar(wanted: bool) -> Iterator[Callable[[float, str], None]]:
 def _description(moment: Moment) -> str:
     if moment.trial is None:
         return ""
-    config = moment.trial
-    where = f"{config.mechanism.label}, lr {config.lr:g}, seed {config.seed}"
+    where = moment.trial.label
     return where if moment.accuracy is None else f"{where}: {moment.accuracy:.0%}"
