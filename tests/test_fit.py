@@ -30,7 +30,7 @@ from regard.report.fit import fit_html
 from regard.search.fitting import Fitted, decoder_sites, fitted, sensitivity
 from regard.search.prices import prices
 from regard.search.refining import Company, concentrated, refined
-from regard.search.rules import Rule, groups_of, spans
+from regard.search.rules import Rule, groups_of, ladder
 from regard.testing.tiny import SHAPE, prompt, tiny_decoder, tiny_encoder
 
 transformers = pytest.importorskip("transformers")
@@ -89,7 +89,7 @@ def test_the_cache_holds_what_the_budget_allows(
 
 
 def test_a_larger_budget_is_never_worse(model: Any, passages: tuple[Passage, ...]) -> None:
-    rules, sites = spans(SHARES), decoder_sites(model)
+    rules, sites = ladder("spans", SHARES), decoder_sites(model)
     known: dict[str, float] = {}
     found = sensitivity(model, passages, rules, known=known)
     cost = prices(model, sites, groups_of(sites), rules, (LENGTH, 64), "bytes")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regard.core.errors import ArgumentError
-from regard.search.rules import Group, Rule, plan_of, spans
+from regard.search.rules import Group, Rule, ladder, plan_of
 from regard.search.solver import Numbers, front, solve
 
 
@@ -88,7 +88,7 @@ def test_the_front_holds_what_nothing_beats() -> None:
 
 
 def test_a_plan_from_choices() -> None:
-    rules = spans((1 / 8, 1 / 2, 1.0))
+    rules = ladder("spans", (1 / 8, 1 / 2, 1.0))
     assert [rule.kept(64) for rule in rules] == [8, 32, 64]
     assert rules[0].kept(16) == 5  # four sinks and the newest token
     groups = [Group(layer, head) for layer in range(2) for head in range(2)]
@@ -97,4 +97,4 @@ def test_a_plan_from_choices() -> None:
     assert told == [((0, 1), (0,), 1 / 8), ((1,), (1,), 1 / 2)]
     assert plan_of(groups, (Rule(None),), np.zeros(4, dtype=int), name="none").steps == ()
     with pytest.raises(ArgumentError):
-        spans((0.5, 0.25))
+        ladder("spans", (0.5, 0.25))

@@ -38,9 +38,8 @@ def atlas(
     passages: what to show it, as Passage or as keyword arguments of one forward each; `input_ids`
     among those are the tokens that copying probes compare. probes: "readings" (those that one
     forward serves), "all", or which ones, by name or built with options. examples: of the strongest
-    queries kept per head. plan: what the model is to do meanwhile, so that its atlas can be compared
-    with that of the untouched one. progress: called with the share that is done and what is being
-    measured.
+    queries kept per head. plan: what the model is to do meanwhile; its atlas can be compared with
+    that of the untouched one. progress: called with the share that is done and what is measured.
 
     A probe that a model or its passages cannot serve leaves its reason in the atlas's `notes`; the
     others are kept.

@@ -18,12 +18,12 @@ from regard.bench.record import write_json
 from regard.bench.subject import Subject
 from regard.bench.sweep import Progress, Watch
 from regard.core.errors import ArgumentError
-from regard.plan import Plan, Step
+from regard.plan import Plan
 from regard.search.fitting import Fitted, Sensitivity, decoder_sites, fitted, sensitivity
 from regard.search.pacing import paces
 from regard.search.prices import Prices, prices
 from regard.search.refining import Company, refined
-from regard.search.rules import groups_of, plan_of, spans
+from regard.search.rules import RuleName, groups_of, ladder, plan_of, rule_of
 
 
 def fit(
@@ -82,7 +82,7 @@ class _Search:
     ) -> None:
         self.config, self.subject, self.out, self.watch = config, subject, out, watch
         self.launcher = launcher
-        self.rules = spans(config.shares, config.sinks)
+        self.rules = ladder(config.rule, config.shares, config.sinks)
         self.exams = exams_of(config, subject)
         self.examples = examples_of(config, subject)
         self.known = Ledger(
@@ -177,27 +177,29 @@ class _Search:
         for budget, found in self.fitted().items():
             if budget != own:
                 yield Named(label=f"fitted {budget:.3g}", plan=found.plan)
-                yield self._uniform("uniform", budget, self.config.sinks)
+                yield self._uniform("uniform", budget, self.config.rule)
 
     def _others(self, budget: float) -> Iterator[Named]:
-        yield self._uniform("uniform", budget, self.config.sinks)
-        yield self._uniform("recent only", budget, 0)
+        own = self.config.rule
+        yield self._uniform("uniform", budget, own)
+        yield self._uniform("recent only", budget, "spans", sinks=0)
         order = np.random.default_rng(self.config.seed).permutation(len(self.found().groups))
         mixed = self.best().choice[order]
         plan = plan_of(self.found().groups, self.rules, mixed, name="")
         yield Named(label=f"random {budget:.3g}", plan=plan)
-        share = self._share(budget)
-        step = Step(treatment="snapkv", options={"budget": share}, layers="all")
-        yield Named(label=f"snapkv {budget:.3g}", plan=Plan(steps=(step,)))
+        if own == "spans":
+            yield self._uniform("snapkv", budget, "snapkv")
+        else:
+            yield self._uniform("sinks and recent", budget, "spans")
 
-    def _uniform(self, label: str, budget: float, sinks: int) -> Named:
-        """The first `sinks` and the newest tokens for every head, at the cost of a budget."""
-        step = Step(
-            treatment="stream",
-            options={"sinks": sinks, "budget": self._share(budget)},
-            layers="all",
-        )
-        return Named(label=f"{label} {budget:.3g}", plan=Plan(steps=(step,)))
+    def _uniform(
+        self, label: str, budget: float, name: RuleName, sinks: int | None = None
+    ) -> Named:
+        """One rule for every head, at the cost of a budget."""
+        sinks = self.config.sinks if sinks is None else sinks
+        rule = rule_of(name, self._share(budget), sinks)
+        steps = () if rule.treatment is None else (rule.step("all"),)
+        return Named(label=f"{label} {budget:.3g}", plan=Plan(steps=steps))
 
     def _share(self, budget: float) -> float:
         """The share of the tokens that all heads alike may keep within a budget."""

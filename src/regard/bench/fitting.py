@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from regard.bench.evaluation import Evaluation, Task
 from regard.bench.record import Record, digest, read_record, write_json
 from regard.core.errors import ArgumentError
-from regard.search.rules import SHARES, Unit, spans
+from regard.search.rules import SHARES, RuleName, Unit, ladder
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -19,12 +19,14 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class FitConfig(Record):
     """What is asked. budget: part of the untouched model's cost, in `unit`. lengths: tokens of the
     prompts that the budget must hold at. examples: that losses are measured on; exams: questions
-    that plans are evaluated on. rounds: of refinement in company. shares: parts of the cache that a
+    that plans are evaluated on. rounds: of refinement in company. rule: which tokens a
+    key head keeps. shares: parts of the cache that a
     key head may keep. file: text to use instead of Python's documentation.
     """
 
     budget: Fraction = 0.25
     unit: Unit = "bytes"
+    rule: RuleName = "spans"
     task: Task = "needle"
     lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1024,)
     examples: PositiveInt = 48
@@ -39,7 +41,7 @@ class FitConfig(Record):
 
     @model_validator(mode="after")
     def _can_be_rules(self) -> Self:
-        spans(self.shares, self.sinks)
+        ladder(self.rule, self.shares, self.sinks)
         if len(set(self.lengths)) < len(self.lengths):
             raise ArgumentError("length", "each one once", self.lengths)
         return self

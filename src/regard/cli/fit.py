@@ -37,6 +37,10 @@ class Fit(Record):
     )
     budget: Annotated[float, Option(help="part of the untouched model's cost, 0 to 1")] = 0.25
     unit: Annotated[str, Option(help="of the budget: bytes, tokens, flops or latency")] = "bytes"
+    rule: Annotated[
+        str,
+        Option(help="what a head keeps: spans (sinks and the newest tokens) or snapkv (a vote)"),
+    ] = "spans"
     task: Annotated[str, Option(help="needle, recall or perplexity")] = "needle"
     length: Annotated[str, Option(help="tokens of a prompt, or several with commas")] = "1024"
     examples: Annotated[int, Option(help="examples that losses are measured on")] = 48
@@ -78,6 +82,7 @@ class Fit(Record):
             {
                 "budget": self.budget,
                 "unit": self.unit,
+                "rule": self.rule,
                 "task": self.task,
                 "lengths": lengths(self.length),
                 "examples": self.examples,

@@ -19,6 +19,7 @@ class Settings(Shown):
 
     budget: Share
     unit: str
+    rule: str
     task: str
     lengths: tuple[Count, ...] = Field(min_length=1)
     examples: Count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from regard.core.moment import Site
 from regard.plan import Plan, Signature, Step
 
 Unit = Literal["bytes", "tokens", "flops", "latency"]
+RuleName = Literal["spans", "snapkv"]
+VOTERS = 8
+"""Last tokens of a prompt that vote, and stay."""
 SHARES = (*(2.0**-k for k in range(7, 2, -1)), *(k / 8 for k in range(2, 8)), 15 / 16, 1.0)
 """Parts of the cache that a group of heads may keep."""
 
@@ -33,6 +36,13 @@ class Rule:
         """Tokens kept of a prompt of this length."""
         return min(length, max(self.floor, int(length * self.share)))
 
+    def step(self, layers: Any, kv_heads: tuple[int, ...] | None = None) -> Step:
+        """The step of a plan that follows it, on some layers and key heads (None: all)."""
+        options = dict(self.options)
+        return Step(
+            treatment=str(self.treatment), options=options, layers=layers, kv_heads=kv_heads
+        )
+
     @property
     def label(self) -> str:
         """How it is called in tables."""
@@ -50,20 +60,28 @@ class Group:
     kv_head: int
 
 
-def spans(shares: Sequence[float] = SHARES, sinks: int = 4) -> tuple[Rule, ...]:
-    """The first `sinks` tokens and the newest ones, a share of all in sum, at every share.
+def rule_of(name: RuleName, share: float, sinks: int = 4) -> Rule:
+    """The rule of a family that keeps a share of the tokens: the first `sinks` and the newest ones
+    ("spans"), or those that the prompt's last tokens vote for ("snapkv").
+    """
+    if share == 1:
+        return Rule(None)
+    if name == "spans":
+        return Rule("stream", {"sinks": sinks, "budget": share}, share, sinks + 1)
+    return Rule("snapkv", {"window": VOTERS, "budget": share}, share, VOTERS)
+
+
+def ladder(name: RuleName, shares: Sequence[float] = SHARES, sinks: int = 4) -> tuple[Rule, ...]:
+    """The rules of a family at rising shares of the tokens.
 
     Raises:
-        ArgumentError: shares outside (0, 1] or not rising.
+        ArgumentError: an unknown family; shares outside (0, 1] or not rising.
     """
+    if name not in get_args(RuleName):
+        raise ArgumentError("rule", f"one of {', '.join(get_args(RuleName))}", name)
     if not shares or list(shares) != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] <= 1:
         raise ArgumentError("shares", "rising fractions in (0, 1]", tuple(shares))
-    return tuple(
-        Rule(None)
-        if share == 1
-        else Rule("stream", {"sinks": sinks, "budget": share}, share, sinks + 1)
-        for share in shares
-    )
+    return tuple(rule_of(name, share, sinks) for share in shares)
 
 
 def groups_of(sites: Sequence[Site]) -> tuple[Group, ...]:
@@ -88,12 +106,6 @@ def plan_of(
     for (index, layer), heads in sorted(by_rule.items()):
         merged.setdefault((index, tuple(heads)), []).append(layer)
     steps = tuple(
-        Step(
-            treatment=str(rules[index].treatment),
-            options=dict(rules[index].options),
-            layers=tuple(layers),
-            kv_heads=heads,
-        )
-        for (index, heads), layers in merged.items()
+        rules[index].step(tuple(layers), heads) for (index, heads), layers in merged.items()
     )
     return Plan(name=name, made_for=made_for, steps=steps)

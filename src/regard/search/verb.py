@@ -14,7 +14,7 @@ from regard.search.fitting import Fitted, decoder_sites, fitted, sensitivity
 from regard.search.pacing import paces
 from regard.search.prices import prices
 from regard.search.refining import Company, refined
-from regard.search.rules import SHARES, Unit, groups_of, spans
+from regard.search.rules import SHARES, RuleName, Unit, groups_of, ladder
 from regard.search.series import Told
 
 
@@ -24,6 +24,7 @@ def fit(
     budget: float = 0.25,
     *,
     unit: Unit = "bytes",
+    rule: RuleName = "spans",
     shares: Sequence[float] = SHARES,
     sinks: int = 4,
     rounds: int = 3,
@@ -38,7 +39,8 @@ def fit(
     budget must hold at the length of every prompt. budget: a part of the untouched model's cost in
     `unit`: keys and values held ("bytes"), tokens attended ("tokens"), multiplications of a decoded
     token ("flops"), or its seconds, as measured here ("latency"). shares: parts of its tokens that
-    a key head may keep, rising: the first `sinks` and the newest ones. rounds: of refinement in
+    a key head may keep, rising. rule: which ones: the first `sinks` and the newest ("spans"), or
+    those that the prompt's last tokens vote for ("snapkv"). rounds: of refinement in
     company. known: losses by key, of this model and these passages; a search that was interrupted
     goes on from what it holds. progress: called with the share that is done of what is being
     measured.
@@ -56,7 +58,7 @@ def fit(
         raise ArgumentError("passages", "at least one", 0)
     if unit not in get_args(Unit):
         raise ArgumentError("unit", f"one of {', '.join(get_args(Unit))}", unit)
-    rules, sites = spans(tuple(shares), sinks), decoder_sites(model)
+    rules, sites = ladder(rule, tuple(shares), sinks), decoder_sites(model)
     groups, known = groups_of(sites), {} if known is None else known
     with evaluating(model):
         pace = paces(model, groups, given)
