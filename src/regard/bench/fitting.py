@@ -64,7 +64,7 @@ class RisesConfig(Record):
 class Losses(Record):
     """Losses by key, as a search measures them."""
 
-    format: Literal["regard.losses/1"] = Field(default="regard.losses/1", alias="schema")
+    format: Literal["regard.losses/2"] = Field(default="regard.losses/2", alias="schema")
     config: RisesConfig
     losses: dict[str, float]
 

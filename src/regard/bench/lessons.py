@@ -15,6 +15,8 @@ from regard.core.errors import UnsupportedError
 from regard.core.passage import Passage
 from regard.tasks.task import IGNORED, Batch
 
+LONGEST = 48
+"""Tokens of text that are predicted after a prompt: each is read by itself."""
 APART = 7919
 """Added to the seed of an exam, so that no example of a search is one of its own."""
 
@@ -57,7 +59,7 @@ def _texts(exam: TextFacts) -> Iterator[Passage]:
 
 def _text(inputs: Tensor, targets: Tensor) -> Passage:
     half = max(1, inputs.shape[1] // 2)
-    rest = targets[:, half - 1 :]
+    rest = targets[:, half - 1 : half - 1 + LONGEST]
     return _passage(inputs[:, :half], rest, torch.ones_like(rest, dtype=torch.bool))
 
 

@@ -18,8 +18,8 @@ from regard.plan import Plan
 @torch.no_grad()
 def answer_losses(model: Any, passage: Passage, plan: Plan | None = None) -> Tensor:
     """Negative log-likelihood (B,) of each answer, summed over its tokens (those that are scored),
-    in nats: the prompt is read first, then the answer through the cache that is left of it. `model`
-    is a causal language model of transformers.
+    in nats: the prompt is read first, then the answer token by token through the cache that is left
+    of it. `model` is a causal language model of transformers.
 
     Raises:
         UnsupportedError: a passage without an answer or with a prompt that is padded at its end; a
@@ -45,12 +45,18 @@ def answer_losses(model: Any, passage: Passage, plan: Plan | None = None) -> Ten
 
 
 def _continued(model: Any, passage: Passage, answer: Tensor, cache: Any) -> Tensor:
-    """Logits (B,T-1,V) after each token of the answer but the last."""
-    given: dict[str, Any] = {"input_ids": answer[:, :-1], "past_key_values": cache}
-    mask = passage.inputs.get("attention_mask")
-    if mask is not None:
-        given["attention_mask"] = F.pad(mask, (0, answer.shape[1] - 1), value=1)
-    return model(**given, use_cache=True).logits
+    """Logits (B,T-1,V) after each token of the answer but the last, each read by itself, since a
+    cache may let go of keys at every step.
+    """
+    mask, found = passage.inputs.get("attention_mask"), []
+    for step in range(answer.shape[1] - 1):
+        given: dict[str, Any] = {"input_ids": answer[:, step : step + 1], "past_key_values": cache}
+        if mask is not None:
+            given["attention_mask"] = F.pad(mask, (0, step + 1), value=1)
+        read = model(**given, use_cache=True)
+        cache = read.past_key_values
+        found.append(read.logits)
+    return torch.cat(found, 1)
 
 
 def mean_loss(model: Any, passages: Sequence[Passage], plan: Plan | None = None) -> float:

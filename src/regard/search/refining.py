@@ -92,6 +92,14 @@ def concentrated(found: Sensitivity, prices: Prices, budget: float) -> Choice:
     return choice
 
 
+def even(prices: Prices, budget: float) -> Choice:
+    """The choice in which every group gets the dearest rule that an equal part of a budget pays."""
+    part = prices.room(budget) / prices.costs.shape[1]
+    fits = (prices.costs <= part[:, None, None] * (1 + 1e-9)).all(0)
+    total = prices.costs.sum(0)
+    return np.where(fits.any(1), np.where(fits, total, -1).argmax(1), total.argmin(1))
+
+
 def refined(
     company: Company,
     start: Fitted,
@@ -103,11 +111,14 @@ def refined(
     progress: Told | None = None,
 ) -> Fitted:
     """The best measured plan within a budget after some rounds from the best of `start`, of the
-    concentrated choice and of others that fit; so that a larger budget, given the choices of
-    smaller ones, is never worse.
+    concentrated choice, of the even one and of others that fit; so that a larger budget, given the
+    choices of smaller ones, is never worse.
     """
     room = prices.room(budget)
     starts = [start.choice, concentrated(company.found, prices, budget), *also]
+    level = even(prices, budget)
+    if (prices.total(level) <= budget * (1 + 1e-9)).all():
+        starts.append(level)
     best = min(starts, key=company.loss)
     for _ in range(rounds):
         rises = company.rises(best, progress)
