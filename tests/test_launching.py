@@ -35,6 +35,15 @@ from regard.core.errors import ArgumentError, UnknownNameError, UnsupportedError
 from regard.plan import Plan, Step
 
 
+@pytest.fixture(autouse=True)
+def plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers inherit where modules are looked for, but not what other tests told torch so that the
+    torchvision beside timm could be imported.
+    """
+    folder = os.environ.get("REGARD_VISION")
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != folder])
+
+
 @dataclass(frozen=True)
 class Marked:
     """A job that notes each start in a folder and is killed, or fails, where it is told to."""
