@@ -174,7 +174,8 @@ def test_timm(family: str, kernel_callers: Any, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = Atlas.load(tmp_path / "atlas")
     check(found, model, 2)
-    assert {note.split()[0] for note in found.notes} <= {"image_heads"}
+    windows = {"rings"} if "MaxViT" in family else set()  # in which patches are no image
+    assert {note.split()[0] for note in found.notes} <= {"image_heads", *windows}
     assert run(tmp_path, "--probes", "all", "--examples", "1").exit_code == 0
     if family == "timm ViT":
         assert found.examples[0].grid == (4, 4)
