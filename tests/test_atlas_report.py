@@ -344,13 +344,13 @@ def acted(page: str, folder: Path, anchor: str = "") -> list[str]:
 def test_keys_move_over_heads_and_open_them(tmp_path: Path) -> None:
     said = acted(atlas_html(made()), tmp_path)
     assert said == [
-        f"|L1.H1 previous_token {number(1, 1, 1):.3g}||false",
-        "Model_previous_token.svg data:image/svg+xml",
-        "Model_previous_token.png data:image/png;bas",
-        f"#L1.H1|L1.H1 previous_token {number(1, 1, 1):.3g}|Layer 1, head 1|true",
-        f"#L1.H2|L1.H1 previous_token {number(1, 1, 1):.3g}|Layer 1, head 2|true",
-        f"#map|L1.H2 previous_token {number(1, 2, 1):.3g}|Layer 1, head 2|false",
-        f"#L1.H2|L1.H2 previous_token {number(1, 2, 1):.3g}|Layer 1, head 2|true",
+        f"|L1.H1 cost_of_zero {number(1, 1, 3):.3g}||false",
+        "Model_cost_of_zero.svg data:image/svg+xml",
+        "Model_cost_of_zero.png data:image/png;bas",
+        f"#L1.H1|L1.H1 cost_of_zero {number(1, 1, 3):.3g}|Layer 1, head 1|true",
+        f"#L1.H2|L1.H1 cost_of_zero {number(1, 1, 3):.3g}|Layer 1, head 2|true",
+        f"#map|L1.H2 cost_of_zero {number(1, 2, 3):.3g}|Layer 1, head 2|false",
+        f"#L1.H2|L1.H2 cost_of_zero {number(1, 2, 3):.3g}|Layer 1, head 2|true",
     ]
 
 

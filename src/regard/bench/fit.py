@@ -213,8 +213,8 @@ class _Search:
 def _notes(config: FitConfig, evaluation: Evaluation) -> Iterator[str]:
     """What a reader must know before believing."""
     yield (
-        f"rises are measured on {config.examples} examples per length and taken as additive; the "
-        "evaluation asks other questions"
+        f"losses are measured on {config.examples} examples per length; rises of single heads are "
+        "taken as additive to begin with; the evaluation asks other questions"
     )
     if config.unit == "latency":
         yield "latency was measured on this machine; another run may choose otherwise"

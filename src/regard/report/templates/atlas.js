@@ -202,6 +202,7 @@ const metricOptions = (tower) => {
 };
 options("tower", models[0].map((tower) => tower.name));
 metricOptions(current());
+$("metric").value = ["retrieval", "induction", "sink_first"].find((name) => current().has(name)) ?? $("metric").value;
 options("domain", ["", ...data.domains], (name) => name || "all passages");
 $("tower").addEventListener("change", () => {
   Object.assign(chosen, { tower: $("tower").selectedIndex, layer: 0, head: 0 });
