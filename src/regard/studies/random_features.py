@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from regard.core.errors import ArgumentError
 from regard.core.scored import attend
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.core.weights import Scored
+from regard.operators.relu import ReluWeights
 
 POWERS = {"the keys alone": 0, "one product": 1, "a squared product": 2}
 """Name of a target -> p."""
@@ -33,22 +33,11 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths tried, in units of a sample's mean square."""
 
 
-@dataclass(frozen=True)
-class ReluMean:
-    """relu(s_ij) / n_i over the n_i visible keys."""
-
-    kind: Literal["additive"] = "additive"
-
-    def __call__(self, scores: Tensor, visible: Tensor | None, count: Tensor) -> Tensor:
-        weights = scores.relu() / count.clamp_min(1)
-        return weights if visible is None else weights.masked_fill(~visible, 0.0)
-
-
 def attention_features(query: Tensor, keys: Tensor, w: Tensor) -> Tensor:
     """phi of queries (B,d) and keys (B,N,d) under w (M,d,d), side by side: (B,M*d)."""
     q = torch.einsum("bd,mde->bme", query, w)[:, :, None]
     k = keys[:, None]
-    method = Scored(normalise=ReluMean(), scale=1.0)
+    method = Scored(normalise=ReluWeights(), scale=1.0)
     return attend(q, k, k, Call(), method).output.flatten(1)
 
 
