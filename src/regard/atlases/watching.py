@@ -79,7 +79,7 @@ class Watch(Treatment):
 
     def look(self, at: Moment, output: Tensor, passage: Passage) -> Look:
         """The view of a call with what is known about the passage."""
-        look, stream = look_at(at), self.streams.get(at.site.name)
+        look, stream = look_at(at), self.streams.pop(at.site.name, None)
         if at.site.cross:
             return replace(look, output=output, stream=stream)
         shape = look.real_keys.shape
