@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 from families import CALLERS, DECODERS, ENCODERS, Built, library
+from subjects import byte_tokenizer, small_llama
 from typer.testing import CliRunner, Result
 
 from regard.atlases.record import Atlas
 from regard.atlases.survey import atlas
 from regard.bench.showing.exhibit import Source
+from regard.bench.showing.needles import questions
 from regard.bench.showing.opening import open_model
 from regard.bench.showing.speech import recordings, resampled
+from regard.bench.subject import Subject
 from regard.cli.atlas import told
 from regard.cli.main import app
 from regard.core.catalog import probe_cards
@@ -398,3 +401,27 @@ def test_a_model_without_attention(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.exit_code == 2
     assert "no attention module" in done.stderr.strip().splitlines()[-1]
+
+
+def test_questions_of_the_pocket_model(tmp_path: Path) -> None:
+    done = run(
+        "pocket", "--data", "needle", "--length", "128", "--examples", "3",
+        "--probes", "retrieval,logit_lens", "--out", tmp_path / "atlas",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = Atlas.load(tmp_path / "atlas")
+    assert {layer for layer, _ in found.select("retrieval", top=4)} == {1}
+
+
+def test_questions_of_a_model_with_a_tokenizer() -> None:
+    """The place is where the number stands, and the contrast holds another's."""
+    subject = Subject("bytes", small_llama(257), byte_tokenizer())
+    (passage,) = questions(subject, 3, 120)
+    needle, answer = passage.roles["needle"], passage.answer
+    assert passage.tokens is not None
+    assert passage.contrast is not None
+    assert answer is not None
+    assert torch.equal(passage.tokens[needle].view_as(answer), answer)
+    assert torch.equal(passage.contrast["input_ids"][needle].view_as(answer), answer.roll(1, 0))
+    assert passage.words is not None
+    assert "".join(passage.words[0]).endswith("The pass key is")

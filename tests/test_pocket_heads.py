@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from regard.probes.activation_patching import ActivationPatching
 from regard.probes.circuits import circuit_overlap, in_circuit
 from regard.probes.influence import attention_influence
 from regard.recipes.measures import generated
-from regard.recipes.retrieval_heads import passage_of_question, silencing_plan
+from regard.recipes.retrieval_heads import silencing_plan
 from regard.tasks.corpus import corpus
 from regard.tasks.induction import Induction
 from regard.tasks.needle import Needle
@@ -36,14 +35,8 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def questions() -> list[Passage]:
     """Needles, each with another value in its contrast, which is then the wrong answer."""
-    found = []
-    for question in itertools.islice(Needle(length=256, examples=8).questions("valid", 8), 1):
-        wrong = question.answer[:, 0].roll(1)
-        other = question.prompt.clone()
-        other[torch.arange(len(other)), question.place] = wrong
-        passage = passage_of_question(question)
-        found.append(replace(passage, wrong=wrong, contrast={"input_ids": other}))
-    return found
+    drawn = Needle(length=256, examples=8).questions("valid", 8)
+    return [question.passage() for question in itertools.islice(drawn, 1)]
 
 
 @pytest.fixture(scope="module")

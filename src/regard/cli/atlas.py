@@ -34,14 +34,17 @@ class Survey(Record):
     is run.
 
     DATA is what the model reads, and without it what is at hand. Text: a file [Python's
-    documentation]. Pictures: a folder or a file [handwritten digits]; models that compare pictures
-    with captions get the files' names, models that answer get a question. Speech: .wav files
-    [chirps]. Diffusion: a file of prompts, one per line [random states], beside random latents.
+    documentation], or `needle`: facts planted in text and asked, which experiments on answers want.
+    Pictures: a folder or a file [handwritten digits]; models that compare pictures with captions
+    get the files' names, models that answer get a question. Speech: .wav files [chirps]. Diffusion:
+    a file of prompts, one per line [random states], beside random latents.
 
     Weights are streamed in tiles; no matrix of all weights is held. What a probe cannot measure in
     this model or on this data is said on standard error.
 
     Example: regard atlas pocket --length 1024 --out runs/atlas
+
+    Example: regard atlas pocket --data needle --probes retrieval,path_patching
 
     Example: regard atlas my-vit --data photos --probes sinks,entropy
 
@@ -49,7 +52,9 @@ class Survey(Record):
     """
 
     model: Annotated[str, Argument(help="a model, or a saved atlas")] = "pocket"
-    data: Annotated[Path | None, Option(help="a file or folder to read [what is at hand]")] = None
+    data: Annotated[
+        Path | None, Option(help="a file or folder to read, or needle [what is at hand]")
+    ] = None
     domain: Annotated[
         list[str] | None, Option(help="NAME=FILE, data of one kind; repeatable, to compare kinds")
     ] = None

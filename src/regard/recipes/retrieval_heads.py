@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from regard.core.errors import ArgumentError
-from regard.core.passage import Passage
 from regard.core.scene import Scene
 from regard.importance.retrieval import Count
 from regard.plan import Plan, Step
@@ -26,21 +25,13 @@ def retrieval_scores(
     Raises:
         ArgumentError: there is no such question.
     """
-    scene = Scene.of(model, [passage_of_question(question) for question in questions])
+    scene = Scene.of(model, [question.passage() for question in questions])
     found: dict[int, list[Tensor]] = {}
     for _, site, finding in Retrieval(count, recall).run(scene):
         found.setdefault(site.layer, []).append(finding.metrics["retrieval"])
     if not found:
         raise ArgumentError("questions", "one question or more", 0)
     return torch.stack([torch.cat(scores).nanmean(0) for scores in found.values()]).float()
-
-
-def passage_of_question(question: Question) -> Passage:
-    """A question as a passage whose needle is the answer's place."""
-    prompt, first = question.prompt, question.place[:, None]
-    places = torch.arange(prompt.shape[1])
-    needle = (places >= first) & (places < first + question.answer.shape[1])
-    return Passage({"input_ids": prompt}, prompt, roles={"needle": needle}, answer=question.answer)
 
 
 def silencing_plan(heads: Iterable[tuple[int, int]]) -> Plan:

@@ -10,7 +10,7 @@ next one. One question is the needle in the haystack of the literature; several 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from regard.core.errors import ArgumentError
+from regard.core.passage import Passage
 from regard.tasks.corpus import excerpts
 from regard.tasks.task import IGNORED, Batch, Kind, Split, batch_sizes, check_request, stream_seed
 from regard.tasks.vocabulary import ASK, BEGIN, FIRST_SYMBOL, SIZE, SYMBOLS
@@ -37,6 +38,19 @@ class Question:
     prompt: Tensor
     answer: Tensor
     place: Tensor
+
+    def passage(self) -> Passage:
+        """The questions as a passage: the answer's place is its needle; where there are several,
+        the contrast of each holds the answer of another, which is then the wrong one.
+        """
+        first, places = self.place[:, None], torch.arange(self.prompt.shape[1])
+        needle = (places >= first) & (places < first + self.answer.shape[1])
+        inputs, wrong = {"input_ids": self.prompt}, self.answer[:, 0].roll(1)
+        passage = Passage(inputs, self.prompt, roles={"needle": needle}, answer=self.answer)
+        if len(self.prompt) == 1:
+            return passage
+        other = self.prompt.masked_scatter(needle, self.answer.roll(1, 0))
+        return replace(passage, wrong=wrong, contrast={"input_ids": other})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from regard.core.errors import ArgumentError
 from regard.core.passage import Passage
 from regard.tasks.corpus import corpus
 
-READS = "a text file"
+READS = "a text file, or needle"
 BYTES_PER_TOKEN = 16
 """Text set aside per token asked for; what is left over is not read."""
 
@@ -22,7 +22,11 @@ def reader(subject: Subject) -> Exhibit:
     """A decoder or an encoder, which reads one sequence."""
 
     def show(path: Path | None, examples: int, length: int) -> list[Passage]:
+        from regard.bench.showing import needles
+
         _fits(subject.model, length)
+        if path is not None and str(path) == needles.NAME and not path.exists():
+            return needles.questions(subject, examples, length)
         pieces = _pieces(path, examples, length)
         return [_passage(subject, _ids(subject, piece, length)) for piece in pieces]
 
