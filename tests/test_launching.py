@@ -25,7 +25,8 @@ from regard.bench.evaluate import evaluate
 from regard.bench.evaluation import Inquiry, Named
 from regard.bench.fit import fit
 from regard.bench.fitting import FitConfig
-from regard.bench.launching import Here, Launcher, LostError, launcher
+from regard.bench.launchers import launcher
+from regard.bench.launching import Here, Launcher, LostError
 from regard.bench.local import Local
 from regard.bench.record import read_record
 from regard.bench.subject import Subject, load

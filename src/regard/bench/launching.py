@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from regard.core.errors import ArgumentError, RegardError, UnknownNameError
+from regard.core.errors import RegardError
 
 T = TypeVar("T")
 T_in = TypeVar("T_in", contravariant=True)
@@ -21,7 +21,6 @@ R_out = TypeVar("R_out", covariant=True)
 R = TypeVar("R")
 Tell = Callable[[Any], None]
 
-LAUNCHERS = ("here", "local", "ray")
 AGAIN = 1
 """Times that a record whose worker was killed is tried again."""
 
@@ -113,30 +112,3 @@ def _sent(error: Exception) -> Exception:
         said.add_note(f"the error itself cannot be sent: {type(problem).__name__}")
         return said
     return error
-
-
-def launcher(name: str = "here", workers: int | None = None) -> Launcher:
-    """The launcher of that name. workers: how many at once; by default one per processor core, and
-    as many as a cluster holds with "ray".
-
-    Raises:
-        UnknownNameError: no such launcher.
-        ArgumentError: workers that do not make sense.
-        UnsupportedError: "ray" without the extra.
-    """
-    if name not in LAUNCHERS:
-        raise UnknownNameError("launcher", name, list(LAUNCHERS))
-    if workers is not None and workers < 1:
-        raise ArgumentError("workers", "at least 1", workers)
-    if name == "local":
-        from regard.bench.local import Local
-        from regard.bench.machine import cores
-
-        return Local(workers or cores())
-    if name == "ray":
-        from regard.bench.on_ray import OnRay
-
-        return OnRay(workers)
-    if workers is not None:
-        raise ArgumentError("workers", "a launcher other than here", workers)
-    return Here()

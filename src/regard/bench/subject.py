@@ -78,6 +78,10 @@ class Subject:
         """The text of some ids."""
         return self.text.decode(list(ids))
 
+    def words(self, ids: Iterable[int]) -> list[str]:
+        """The text of every id by itself."""
+        return [self.decode([i]) for i in ids]
+
     def record(self) -> SubjectRecord:
         """What it is, for results."""
         import transformers

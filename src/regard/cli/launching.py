@@ -23,7 +23,7 @@ def launched(name: str, workers: int | None, threads: int | None) -> Launcher:
     """
     import torch
 
-    from regard.bench.launching import launcher
+    from regard.bench.launchers import launcher
     from regard.bench.local import Local
     from regard.bench.machine import cores
     from regard.bench.on_ray import OnRay

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from regard.bench.showing.text import words_of
 from regard.bench.subject import Subject
 from regard.bench.text_exams import TextFacts
 from regard.core.errors import UnsupportedError
@@ -28,7 +27,7 @@ def questions(subject: Subject, examples: int, length: int) -> list[Passage]:
         UnsupportedError: a tokenizer that writes numbers otherwise inside a text.
     """
     return [
-        replace(passage, words=[words_of(subject, ids) for ids in question.prompt.tolist()])
+        replace(passage, words=[subject.words(ids) for ids in question.prompt.tolist()])
         for question in _drawn(subject, examples, length)
         for passage in (question.passage(),)
     ]

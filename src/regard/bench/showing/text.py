@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from regard.bench.showing import needles
 from regard.bench.showing.exhibit import Exhibit
 from regard.bench.subject import Subject
 from regard.core.errors import ArgumentError
@@ -22,8 +23,6 @@ def reader(subject: Subject) -> Exhibit:
     """A decoder or an encoder, which reads one sequence."""
 
     def show(path: Path | None, examples: int, length: int) -> list[Passage]:
-        from regard.bench.showing import needles
-
         _fits(subject.model, length)
         if path is not None and str(path) == needles.NAME and not path.exists():
             return needles.questions(subject, examples, length)
@@ -46,7 +45,7 @@ def translator(subject: Subject) -> Exhibit:
             ids = _ids(subject, piece, length + half, special=False)
             source, more = ids[:length], [start_of(subject.model), *ids[length:-1]]
             inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": _row(more)}
-            found.append(Passage(inputs, _row(more), words=[words_of(subject, more)]))
+            found.append(Passage(inputs, _row(more), words=[subject.words(more)]))
         return found
 
     return Exhibit(subject.model, READS, show)
@@ -54,12 +53,7 @@ def translator(subject: Subject) -> Exhibit:
 
 def _passage(subject: Subject, ids: list[int]) -> Passage:
     """One forward over ids."""
-    return Passage({"input_ids": _row(ids)}, _row(ids), words=[words_of(subject, ids)])
-
-
-def words_of(subject: Subject, ids: list[int]) -> list[str]:
-    """The text of every id."""
-    return [subject.decode([i]) for i in ids]
+    return Passage({"input_ids": _row(ids)}, _row(ids), words=[subject.words(ids)])
 
 
 def start_of(model: Any) -> int:
