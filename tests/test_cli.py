@@ -169,3 +169,13 @@ def test_missing_matplotlib_names_the_extra(
     assert "pip install 'regard[plot]'" in failure(
         "show", "softmax", "--out", str(tmp_path / "x.png")
     )
+
+
+@pytest.mark.parametrize("name", ["sinks", "scan_and_snap", "amp", "minilm", "dictionary"])
+def test_info_on_cards_of_other_kinds(name: str) -> None:
+    run = CliRunner().invoke(app, ["info", name])
+    assert run.exit_code == 0, run.output
+    assert run.output.startswith(f"{name}: ")
+    record = json.loads(CliRunner().invoke(app, ["info", name, "--json"]).output)
+    assert record["papers"]
+    assert record["claim"]["command"] in run.output

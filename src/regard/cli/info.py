@@ -12,19 +12,30 @@ from regard.cli.output import tell
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="a name from `regard list`")],
+    name: Annotated[
+        str, typer.Argument(help="a name from `regard list`, or from the tables in docs")
+    ],
     json_wanted: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
 ) -> None:
-    """Tell all about one mechanism, or about one treatment that no mechanism shares a name with.
+    """Tell all about one mechanism; or about a treatment, probe, study, lens, searcher or recipe.
 
-    Formula, papers, options, cost, evidence, deviations and claim.
+    Formula, papers, options, cost, evidence, deviations and claim. Of things with one name the
+    first in this order is told.
 
     Example: regard info sliding_window
     """
     from regard.cli.cards import card_record
+    from regard.cli.other_cards import other_cards, other_record, tell_other
     from regard.cli.treatments import tell_treatment, treatment_record
     from regard.core.catalog import card, cards, treatments
 
+    if name not in {**cards(), **treatments()} and name in other_cards():
+        other = other_record(*other_cards()[name])
+        if json_wanted:
+            typer.echo(json.dumps(other, indent=1, ensure_ascii=False))
+        else:
+            tell_other(other)
+        return
     treated = treatments().get(name) if name not in cards() else None
     record = card_record(card(name)) if treated is None else treatment_record(treated)
     if json_wanted:

@@ -183,7 +183,8 @@ CARD = SearcherCard(
     finds="model",
     papers=(Paper("2504.21174", "Efficient LLMs with AMP: Attention Heads and MLP Pruning", 2025),),
     claim=Claim(
-        "a model without its weakest heads and units keeps more than one without random ones",
+        "a model without its weakest heads and units predicts text better than one without as many"
+        " random ones; what it retrieves may suffer more",
         "regard info amp",
     ),
 )
