@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from regard.atlases.record import Atlas, Row
 from regard.atlases.watching import watch
 from regard.core.catalog import probe, probe_cards
 from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.mode import in_mode
 from regard.core.passage import Passage, passage_of
 from regard.core.probe import Experiment, Probe, Reading
 from regard.core.scene import Scene
@@ -62,7 +62,7 @@ def atlas(
     notes, began = {}, time.perf_counter()
     strongest = Strongest(examples) if examples else None
     gathered = Gathered()
-    with evaluating(model), scene.planned():
+    with in_mode(model, False), scene.planned():
         if readings:
             _tell(progress, 0.0, "readings")
             gathered = watch(scene, readings, strongest, notes)
@@ -140,14 +140,3 @@ def _about(passages: Sequence[Passage], seconds: float) -> dict[str, Any]:
 def _tell(progress: Callable[[float, str], None] | None, share: float, what: str) -> None:
     if progress is not None:
         progress(share, what)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Inside, the model is in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -59,6 +59,7 @@ class Fit(Record):
 
     def run(self) -> None:
         """Check everything, search, evaluate, report."""
+        from regard.cli.evaluate import evaluation_table
         from regard.report.fit import write_fit
 
         with arguments_checked():
@@ -66,8 +67,6 @@ class Fit(Record):
         fit, page = self._fitted(config), self.out / "report.html"
         write_fit(fit.plain(), page)
         console().print(groups_table(fit))
-        from regard.cli.evaluate import evaluation_table
-
         console().print(evaluation_table(fit.evaluation))
         for note in fit.notes:
             console().print(f"note: {note}")

@@ -137,9 +137,9 @@ def _dense_keys(call: Incoming, heads: tuple[int, ...]) -> tuple[Tensor, Tensor,
     return call.k[:, rows], call.v[:, rows], slots
 
 
-def _rows(x: Tensor | None, heads: Sequence[int]) -> Tensor | None:
-    """The heads of a tensor (·, H or 1, …)."""
-    return x if x is None or x.shape[1] == 1 else x[:, list(heads)]
+def picked_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Some heads of a tensor (·, H or 1, …)."""
+    return x if x.shape[1] == 1 else x[:, list(heads)]
 
 
 def _slotted(
@@ -148,9 +148,9 @@ def _slotted(
     """Columns of x (B or 1, H or 1, N, ·), which start at slot `first`, at slots (B,g,M) of key
     heads, for `count` query heads.
     """
-    x = _rows(x, heads)
     if x is None:
         return None
+    x = picked_heads(x, heads)
     if slots.shape[1] == 1 and x.shape[-1] == slots.shape[-1]:
         return x  # the dense cache: its slots are the columns
     index = (slots - first).clamp_min(0).long().repeat_interleave(count // slots.shape[1], dim=1)

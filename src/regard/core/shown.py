@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from regard.core.cutting import given_mask
+from regard.core.cutting import given_mask, picked_heads
 from regard.core.errors import UnsupportedError
 from regard.core.mask import Given
 from regard.core.model_scores import model_scored
@@ -29,18 +29,22 @@ def observed(at: Moment) -> Iterator[Seen]:
     shown = {head for view in at.views for head in view.heads}
     rest = View(tuple(h for h in at.heads if h not in shown), at)
     for view in (*at.views, rest):
-        if view.at is None:
-            continue
-        for index, head in enumerate(view.at.heads):
-            if head not in view.heads:
-                continue
-            if view.weights is None:
-                for seen in _streamed(_alone(view.at, index)):
-                    yield replace(seen, heads=slice(head, head + 1))
-            else:
-                own = tile(view.weights[:, index : index + 1], causal=False)
-                visible = _of_head(view.at.seen(), index)
-                yield replace(own, heads=slice(head, head + 1), visible=visible)
+        yield from _of_view(view)
+
+
+def _of_view(view: View) -> Iterator[Seen]:
+    """The weights of a view's heads, one after the other: they need not stand side by side."""
+    at = view.at
+    if at is None:
+        return
+    for head in view.heads:
+        index, where = at.heads.index(head), slice(head, head + 1)
+        if view.weights is None:
+            for seen in _streamed(_alone(at, index)):
+                yield replace(seen, heads=where)
+        else:
+            own = tile(view.weights[:, index : index + 1], causal=False)
+            yield replace(own, heads=where, visible=picked_heads(at.seen(), [index]))
 
 
 def unseen(at: Moment) -> tuple[int, ...]:
@@ -65,16 +69,11 @@ def _alone(at: Moment, index: int) -> Moment:
         q=at.q[:, index : index + 1],
         k=at.k[:, key : key + 1],
         v=at.v[:, key : key + 1],
-        bias=None if bias is None else _of_head(bias, index),
+        bias=None if bias is None else picked_heads(bias, [index]),
     )
     if call is not None and isinstance(call.mask, Given):
-        part.call = call.but(mask=given_mask(_of_head(at.seen(), index)))
+        part.call = call.but(mask=given_mask(picked_heads(at.seen(), [index])))
     return part
-
-
-def _of_head(x: Tensor, index: int) -> Tensor:
-    """The part of x (·, H or 1, …) that belongs to one head."""
-    return x if x.shape[1] == 1 else x[:, index : index + 1]
 
 
 def tile(weights: Tensor, causal: bool = True) -> Seen:

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.moment import Moment
+from regard.core.scene import Scene
 from regard.core.treatment import Treatment
 from regard.importance.boundaries import boundary_ratio, soft_labels
 from regard.importance.boundary_predictor import BoundaryPredictor
-from regard.recipes.watching import watched
 
 RATE = 1e-4
 SHARPNESS, TURN = 4.0, 2.0  # of labels: slope, and the ratio whose label is one half
@@ -89,9 +89,10 @@ def train_predictor(
     hears the number of each step and its loss per layer.
     """
     optimiser = torch.optim.Adam(predictor.requires_grad_(True).parameters(), rate)
+    scene = Scene.of(model, ())
     for done in range(steps):
         turns = Turns(predictor.window)
-        with torch.no_grad(), watched(model, turns):
+        with torch.no_grad(), scene.treated(turns, *scene.own):
             model(next(batches), use_cache=False)
         losses = [layer_loss(predictor, keys, ratio) for keys, ratio in turns.found]
         total = torch.stack(losses).sum()

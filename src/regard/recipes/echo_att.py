@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError
 from regard.core.linears import blocks_of
+from regard.core.mode import in_mode
 from regard.core.recipe import RecipeCard
 from regard.importance.map_similarity import alike
 from regard.plan import Plan
 from regard.recipes.losses import hard_loss, inputs_of, real_of, soft_loss, state_loss
 from regard.recipes.map_similarity import layer_map_similarity, shared_plan
-from regard.recipes.training import Batches, Watch, frozen, in_mode, trained
+from regard.recipes.training import Batches, Watch, frozen, trained
 
 Blocks = tuple[tuple[int, ...], ...]
 

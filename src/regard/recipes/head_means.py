@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard.core.errors import ArgumentError
 from regard.core.outputs import Averaged
-from regard.recipes.watching import watched
+from regard.core.scene import Scene
 
 
 @torch.no_grad()
@@ -23,8 +23,8 @@ def head_means(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Te
     Raises:
         ArgumentError: there is no batch.
     """
-    watch = Averaged()
-    with watched(model, watch):
+    watch, scene = Averaged(), Scene.of(model, ())
+    with scene.treated(watch, *scene.own):
         for batch in batches:
             model(**batch)
     if not watch.sums:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from regard.core.card import Claim, Golden, Paper
 from regard.core.errors import ArgumentError
+from regard.core.mode import in_mode
 from regard.core.recipe import RecipeCard
 from regard.core.scene import Scene
 from regard.recipes.relations import RELATIONS, Relation, States, relation_loss, states_of
-from regard.recipes.training import Batches, Watch, frozen, in_mode, trained
+from regard.recipes.training import Batches, Watch, frozen, trained
 
 RATE = 5e-4
 

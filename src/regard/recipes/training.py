@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.core.errors import ArgumentError, UnsupportedError
+from regard.core.mode import in_mode
 
 WARM_UP = 0.1  # part of the steps in which the learning rate rises; then it falls linearly to zero
 Batches = Iterable[Mapping[str, Tensor]]
@@ -106,25 +107,13 @@ def _sent(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """A context in which a model is in training or in evaluation mode; afterwards as before."""
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)
-
-
-@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """A context in which a model is in evaluation mode and learns nothing; afterwards as before."""
-    training = model.training
     wanting = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield
+        with in_mode(model, False):
+            yield
     finally:
-        model.train(training)
         for parameter in wanting:
             parameter.requires_grad_(True)

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.core.card import Claim, Paper
+from regard.core.mode import in_mode
 from regard.core.recipe import RecipeCard
 from regard.recipes.losses import hard_loss, inputs_of
 from regard.recipes.low_rank import low_rank
-from regard.recipes.training import Batches, Watch, in_mode, trained
+from regard.recipes.training import Batches, Watch, trained
 
 RATE, LOW_RANK_RATE = 1e-4, 1e-3
 

@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from regard.atlases.survey import evaluating
 from regard.core.errors import ArgumentError
+from regard.core.mode import in_mode
 from regard.core.passage import Passage, passage_of
 from regard.search.fitting import Fitted, decoder_sites, fitted, sensitivity
 from regard.search.pacing import paces
@@ -60,7 +60,7 @@ def fit(
         raise ArgumentError("unit", f"one of {', '.join(get_args(Unit))}", unit)
     rules, sites = ladder(rule, tuple(shares), sinks), decoder_sites(model)
     groups, known = groups_of(sites), {} if known is None else known
-    with evaluating(model):
+    with in_mode(model, False):
         pace = paces(model, groups, given)
         cost = prices(model, sites, groups, rules, lengths_of(given), unit, pace)
         cost.room(budget)  # refuses early what cannot be met

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError
 from regard.core.linears import blocks_of
+from regard.core.mode import in_mode
 from regard.core.searcher import SearcherCard
 from regard.recipes.losses import hard_loss, inputs_of, real_of, soft_loss, state_loss
-from regard.recipes.training import Batches, Watch, frozen, in_mode, trained
+from regard.recipes.training import Batches, Watch, frozen, trained
 from regard.search.gate_costs import Measure, costs_of, everything_of
 from regard.search.information_gates import FAMILIES, InformationGates, multiplied
 from regard.search.settling import folded, settled
