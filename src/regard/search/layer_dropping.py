@@ -53,6 +53,6 @@ CARD = SearcherCard(
     ),
     claim=Claim(
         "dropping the layers that turn the stream least hurts less than dropping as many at random",
-        "regard evaluate --plan layer_dropping.json --task needle,perplexity",
+        "regard study dropping_by_similarity",
     ),
 )

@@ -1,0 +1,1 @@
+"""Findings of papers that search, made again on the pocket model."""
