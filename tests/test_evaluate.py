@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from typer.testing import CliRunner, Result
 from regard.bench.evaluate import evaluate
 from regard.bench.evaluation import Evaluation, Inquiry, Named, named_plans
 from regard.bench.exams import Score, wilson
+from regard.bench.lessons import APART, lessons
 from regard.bench.record import read_record
 from regard.bench.subject import Subject, load, skeleton
 from regard.bench.symbol_exams import SymbolFacts
@@ -28,6 +30,7 @@ from regard.core.errors import ArgumentError, RegardError
 from regard.plan import Plan, PlanError, Step, signature
 from regard.report.evaluation import evaluation_html
 from regard.tasks.needle import Needle
+from regard.tasks.task import IGNORED
 from regard.tasks.vocabulary import ASK
 
 pytest.importorskip("transformers")
@@ -72,9 +75,10 @@ def said_after(read: Tensor, reach: int) -> int:
     return 0
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("asked", [1, 4])
-def test_a_model_that_looks_facts_up_answers_all(asked: int) -> None:
-    exam = SymbolFacts(Needle(LENGTH, facts=4, asked=asked, examples=11), seed=0)
+def test_a_model_that_looks_facts_up_answers_all(asked: int, later: bool) -> None:
+    exam = SymbolFacts(Needle(LENGTH, facts=4, asked=asked, examples=11), seed=0, later=later)
     score = exam.score(Rule(lambda read: said_after(read, LENGTH)), None)
     assert (score.right, score.asked, score.value) == (11 * asked, 11 * asked, 1.0)
     assert not score.at_chance
@@ -93,16 +97,20 @@ def test_a_model_that_forgets_answers_what_stood_in_reach() -> None:
 
 def numbers_said(text: str) -> str:
     """What a reader of text goes on with: the number that stood after the same words."""
-    words = re.findall(r"\nThe pass key(?: of \w+)? is[ \d]*$", text)[-1]
+    asked = re.findall(r"\nThe pass key(?: of \w+)? is[ \d]*$", text)
+    if not asked:
+        return "."
+    words = asked[-1]
     head, typed = re.fullmatch(r"(\nThe pass key.* is)([ \d]*)", words).groups()  # type: ignore[union-attr]
     number = re.search(re.escape(head) + r"( \d+)\.\n", text)[1]  # type: ignore[index]
     return number[len(typed)] if len(typed) < len(number) else "."
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("facts", [1, 4])
-def test_numbers_in_text_are_planted_asked_and_marked(facts: int) -> None:
+def test_numbers_in_text_are_planted_asked_and_marked(facts: int, later: bool) -> None:
     reader = Subject("bytes", small_llama(257), byte_tokenizer())
-    exam = TextFacts(reader, 400, facts, examples=9, seed=0)
+    exam = TextFacts(reader, 400, facts, examples=9, seed=0, later=later)
 
     def rule(read: Tensor) -> int:
         return reader.plain(numbers_said(reader.decode(read[1:].tolist())))[0]
@@ -114,8 +122,38 @@ def test_numbers_in_text_are_planted_asked_and_marked(facts: int) -> None:
     assert always.at_chance
     for interview in exam.interviews():
         asks = sum(ask.shape[1] for ask in interview.asks) + facts * interview.count
-        assert interview.prompt.shape[1] + asks == 400
+        assert interview.text.shape[1] + asks == 400
+        assert interview.prompt.shape[1] == interview.text.shape[1] + (
+            0 if later else interview.asks[0].shape[1]
+        )
         assert (interview.prompt[:, 0] == 256).all()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_lessons_end_where_the_prompts_do(later: bool) -> None:
+    """And score nothing but the answers."""
+    reader = Subject("bytes", small_llama(257), byte_tokenizer())
+    symbols = SymbolFacts(Needle(LENGTH, facts=4, asked=2, examples=3), 0, later)
+    text = TextFacts(reader, 400, 4, examples=3, seed=0, later=later)
+    for exam in (symbols, text):
+        (shown,), (asked,) = lessons(exam, 3), exam.interviews()
+        assert shown.tokens is not None
+        assert shown.answer is not None
+        assert shown.scored is not None
+        assert shown.tokens.shape == asked.prompt.shape
+        ask = asked.asks[0].shape[1] if later else 0
+        first = shown.scored.int().argmax(1)
+        assert (first == ask).all()
+        if exam is text:
+            told = reader.decode(shown.answer[0][shown.scored[0]].tolist())
+            assert re.fullmatch(r" \d{5}", told)
+            assert told in reader.decode(shown.tokens[0].tolist())
+        else:
+            assert int(shown.scored[0].sum()) == 2 * exam.task.value
+            whole = torch.cat([shown.tokens, shown.answer], 1)
+            (batch,) = replace(exam.task, examples=3).batches("valid", 8, exam.seed + APART)
+            assert whole[:, :-1].equal(batch.inputs)
+            assert shown.scored.equal(batch.targets[:, shown.tokens.shape[1] - 1 :] != IGNORED)
 
 
 def test_perplexity_through_the_cache_is_that_of_one_forward(subject: Subject) -> None:

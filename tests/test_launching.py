@@ -19,6 +19,7 @@ from subjects import small_pocket
 from test_compare import FLAGS, numbers, study
 from typer.testing import CliRunner
 
+import regard
 from regard.bench.compare import Progress, Trialling, compare
 from regard.bench.comparison import Comparison
 from regard.bench.evaluate import evaluate
@@ -29,7 +30,9 @@ from regard.bench.launchers import launcher
 from regard.bench.launching import Here, Launcher, LostError
 from regard.bench.local import Local
 from regard.bench.record import read_record
+from regard.bench.showing.exhibit import Source
 from regard.bench.subject import Subject, load
+from regard.bench.surveying import Surveying, surveyed
 from regard.bench.trial import Trial, TrialConfig
 from regard.cli.main import app
 from regard.core.errors import ArgumentError, UnknownNameError, UnsupportedError
@@ -238,6 +241,38 @@ def test_a_fit_gives_the_same_numbers_and_files(tmp_path: Path) -> None:
         {path.name for path in (tmp_path / w / "sheets").iterdir()} for w in ("here", "there")
     ]
     assert sheets[0] == sheets[1]
+
+
+def test_an_atlas_in_parts_is_the_same(tmp_path: Path) -> None:
+    """From another folder too, and whatever comes first."""
+    pytest.importorskip("transformers")
+    (tmp_path / "text.txt").write_text("All heads look at what was said before. " * 40)
+    probes = ("sinks", "entropy", "ablation")
+    sources = (Source(Path("text.txt"), "one"), Source(None, "other"))
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        job = Surveying("pocket", sources, 2, 48, probes, 2)
+        with Local(2) as local:
+            found = [surveyed(job, one, lambda share, what: None) for one in (Here(), local)]
+    assert len(job.survey.parts) == 5
+    one, other = found
+    assert one.rows == other.rows
+    assert one.examples == other.examples
+    assert one.notes == other.notes
+    assert {m for m in one.metrics if "@" in m}
+    for name, profile in one.profiles.items():
+        assert torch.equal(profile, other.profiles[name])
+    model, passages = job.exhibit.model, job.survey.scene.passages
+    plain = regard.atlas(model, passages, probes, examples=2)
+    assert plain.rows == one.rows
+
+
+def test_an_atlas_of_another_model_is_refused() -> None:
+    pytest.importorskip("transformers")
+    job = Surveying("pocket", (Source(),), 1, 48, ("sinks",), 0, None, "another")
+    with pytest.raises(ArgumentError, match="launcher: expected here"):
+        surveyed(job, Here(), lambda share, what: None)
 
 
 def test_the_command_takes_a_launcher_and_says_nothing_of_it(tmp_path: Path) -> None:

@@ -40,6 +40,12 @@ class Strongest:
         mine.sort(key=lambda entry: -entry[0])
         del mine[self.count :]
 
+    def merge(self, other: Strongest) -> None:
+        """Take in what was found in later passages."""
+        for mine in other.found.values():
+            for strength, example in mine:
+                self.keep(strength, example)
+
     def examples(self) -> tuple[Example, ...]:
         """All that were kept, by tower, layer and head."""
         return tuple(example for mine in self.found.values() for _, example in mine)

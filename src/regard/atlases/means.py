@@ -23,11 +23,18 @@ class Sums:
     def add(self, site: Site, values: Mapping[str, Tensor]) -> None:
         """Take in values (B,…) by name."""
         for name, x in values.items():
-            key, there = (site.tower, site.layer, name), ~x.isnan()
+            there = ~x.isnan()
             total = x.double().masked_fill(~there, 0.0).sum(0).cpu()
-            count = there.sum(0).cpu()
-            self.total[key] = self.total.get(key, torch.zeros_like(total)) + total
-            self.count[key] = self.count.get(key, torch.zeros_like(count)) + count
+            self._add((site.tower, site.layer, name), total, there.sum(0).cpu())
+
+    def merge(self, other: Sums) -> None:
+        """Take in what another holds."""
+        for key, total in other.total.items():
+            self._add(key, total, other.count[key])
+
+    def _add(self, key: tuple[str, int, str], total: Tensor, count: Tensor) -> None:
+        self.total[key] = self.total.get(key, torch.zeros_like(total)) + total
+        self.count[key] = self.count.get(key, torch.zeros_like(count)) + count
 
     def rows(self) -> list[Row]:
         """One row per number: of a head where values are (B,H), of a layer where they are (B,)."""
@@ -69,3 +76,9 @@ class Gathered:
             sums.add(site, values)
             if domain and sums is not self.profiles:
                 sums.add(site, {f"{name}@{domain}": x for name, x in values.items()})
+
+    def merge(self, other: Gathered) -> None:
+        """Take in what was found elsewhere."""
+        self.metrics.merge(other.metrics)
+        self.layers.merge(other.layers)
+        self.profiles.merge(other.profiles)

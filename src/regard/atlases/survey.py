@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 
 from regard.atlases.examples import Strongest
-from regard.atlases.means import Gathered
+from regard.atlases.piece import Part, Piece
 from regard.atlases.record import Atlas, Row
 from regard.atlases.watching import watch
 from regard.core.catalog import probe, probe_cards
@@ -50,38 +51,93 @@ def atlas(
         UnsupportedError: a model no host knows or whose attention is not reached; a plan is in
             force already; no probe could be served.
     """
-    given = tuple(passage_of(p) for p in passages)
-    if not given:
-        raise ArgumentError("passages", "at least one", 0)
-    chosen = _chosen(probes)
-    if examples < 0:
-        raise ArgumentError("examples", "0 or more", examples)
-    readings = {name: cast(Reading, p) for name, p in chosen.items() if hasattr(p, "begin")}
-    rest = {name: cast(Experiment, p) for name, p in chosen.items() if name not in readings}
-    scene = Scene.of(model, given, None if plan is None else plan.resolve(model).table)
-    notes, began = {}, time.perf_counter()
-    strongest = Strongest(examples) if examples else None
-    gathered = Gathered()
-    with in_mode(model, False), scene.planned():
-        if readings:
-            _tell(progress, 0.0, "readings")
-            gathered = watch(scene, readings, strongest, notes)
-        for index, (name, experiment) in enumerate(rest.items()):
-            _tell(progress, (index + 1) / (len(rest) + 1), name)
-            _experiment(name, experiment, scene, gathered, notes)
-    _tell(progress, 1.0, "")
-    rows = (*gathered.metrics.rows(), *gathered.layers.rows())
-    if not rows:
-        raise UnsupportedError("atlas", "; ".join(f"{k}: {v}" for k, v in notes.items()))
-    return Atlas(
-        type(model).__name__,
-        rows,
-        gathered.profiles.stacked(),
-        notes=notes,
-        meanings=_meanings(rows),
-        examples=() if strongest is None else strongest.examples(),
-        about=_about(given, time.perf_counter() - began),
-    )
+    survey = Survey.of(model, passages, probes, examples=examples, plan=plan)
+    began, pieces = time.perf_counter(), []
+    for index, part in enumerate(survey.parts):
+        if progress is not None:
+            progress(index / len(survey.parts), part.label)
+        pieces.append(survey.measured(part))
+    if progress is not None:
+        progress(1.0, "")
+    return survey.atlas(pieces, time.perf_counter() - began)
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """An atlas to be made, in parts that do not depend on each other. examples: kept per head."""
+
+    scene: Scene
+    readings: Mapping[str, Reading]
+    experiments: Mapping[str, Experiment]
+    examples: int
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        passages: Iterable[Passage | Mapping[str, Any]],
+        probes: str | Sequence[str | Probe] = READINGS,
+        *,
+        examples: int = 3,
+        plan: Any = None,
+    ) -> Survey:
+        """What `atlas` will measure; see there for arguments and errors."""
+        given = tuple(passage_of(p) for p in passages)
+        if not given:
+            raise ArgumentError("passages", "at least one", 0)
+        chosen = _chosen(probes)
+        if examples < 0:
+            raise ArgumentError("examples", "0 or more", examples)
+        readings = {name: cast(Reading, p) for name, p in chosen.items() if hasattr(p, "begin")}
+        rest = {name: cast(Experiment, p) for name, p in chosen.items() if name not in readings}
+        scene = Scene.of(model, given, None if plan is None else plan.resolve(model).table)
+        return cls(scene, readings, rest, examples)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What has to be measured: readings passage by passage, then every experiment."""
+        passages = range(len(self.scene.passages)) if self.readings else ()
+        return (*(Part(passage=i) for i in passages), *(Part(name) for name in self.experiments))
+
+    def measured(self, part: Part) -> Piece:
+        """What is found in one part."""
+        piece = Piece(Strongest(self.examples))
+        with in_mode(self.scene.model, False), self.scene.planned():
+            if part.experiment:
+                self._experiment(part.experiment, piece)
+            else:
+                watch(self.scene, self.readings, part.passage, piece)
+        return piece
+
+    def _experiment(self, name: str, piece: Piece) -> None:
+        """Run one experiment; what it cannot serve becomes a note."""
+        try:
+            for passage, site, finding in self.experiments[name].run(self.scene):
+                piece.gathered.add(site, finding, self.scene.domain(passage))
+        except (UnsupportedError, ArgumentError) as error:
+            piece.notes[name] = str(error)
+
+    def atlas(self, pieces: Iterable[Piece], seconds: float) -> Atlas:
+        """The atlas of all pieces, in the order of their parts.
+
+        Raises:
+            UnsupportedError: nothing was found.
+        """
+        whole = Piece(Strongest(self.examples))
+        for piece in pieces:
+            whole.merge(piece)
+        rows = (*whole.gathered.metrics.rows(), *whole.gathered.layers.rows())
+        if not rows:
+            raise UnsupportedError("atlas", "; ".join(f"{k}: {v}" for k, v in whole.notes.items()))
+        return Atlas(
+            type(self.scene.model).__name__,
+            rows,
+            whole.gathered.profiles.stacked(),
+            notes=whole.notes,
+            meanings=_meanings(rows),
+            examples=whole.strongest.examples(),
+            about=_about(self.scene.passages, seconds),
+        )
 
 
 def _chosen(probes: str | Sequence[str | Probe]) -> dict[str, Probe]:
@@ -101,17 +157,6 @@ def _chosen(probes: str | Sequence[str | Probe]) -> dict[str, Probe]:
     if not chosen or len(chosen) < len(probes):
         raise ArgumentError("probes", "at least one, each once", list(probes))
     return chosen
-
-
-def _experiment(
-    name: str, experiment: Experiment, scene: Scene, gathered: Gathered, notes: dict[str, str]
-) -> None:
-    """Run one experiment; what it cannot serve becomes a note."""
-    try:
-        for passage, site, finding in experiment.run(scene):
-            gathered.add(site, finding, scene.domain(passage))
-    except (UnsupportedError, ArgumentError) as error:
-        notes[name] = str(error)
 
 
 def _meanings(rows: Iterable[Row]) -> dict[str, str]:
@@ -135,8 +180,3 @@ def _about(passages: Sequence[Passage], seconds: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "regard": version("regard"),
     }
-
-
-def _tell(progress: Callable[[float, str], None] | None, share: float, what: str) -> None:
-    if progress is not None:
-        progress(share, what)

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.atlases.examples import Strongest
-from regard.atlases.means import Gathered
+from regard.atlases.piece import Piece
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.moment import Moment, Site
 from regard.core.passage import Passage
@@ -24,16 +23,14 @@ from regard.core.treatment import Treatment
 
 @dataclass(frozen=True, eq=False)
 class Watch(Treatment):
-    """Shows every call of a forward to the readings; changes nothing. notes: why a reading could
-    not serve a tower.
+    """Shows every call of a forward of one passage, by its index, to the readings; changes nothing.
+    piece: takes what they find.
     """
 
     readings: Mapping[str, Reading]
-    gathered: Gathered
-    strongest: Strongest | None
-    notes: dict[str, str]
-    by_domain: bool
-    now: list[tuple[int, Passage]] = field(default_factory=list)
+    piece: Piece
+    scene: Scene
+    index: int
     streams: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -41,19 +38,18 @@ class Watch(Treatment):
         return True
 
     def output(self, output: Tensor, at: Moment) -> Tensor:
-        index, passage = self.now[-1]
+        passage = self.scene.passages[self.index]
         look = self.look(at, output, passage)
         tallies: list[Tally] = [*self.tallies(look, at.site)]
-        own = self.strongest is not None and not at.site.cross
-        if self.strongest is not None and own:
-            tallies.append(self.strongest.begin(look, at.site, index, passage))
+        if self.piece.strongest.count and not at.site.cross:
+            tallies.append(self.piece.strongest.begin(look, at.site, self.index, passage))
         if tallies:
             for seen in observed(at):
                 for tally in tallies:
                     tally.add(seen)
+        domain = self.scene.domain(passage)
         for tally in tallies:
-            domain = passage.domain if self.by_domain else ""
-            self.gathered.add(at.site, self.known(tally.found(), at), domain)
+            self.piece.gathered.add(at.site, self.known(tally.found(), at), domain)
         return output
 
     def known(self, finding: Finding, at: Moment) -> Finding:
@@ -61,8 +57,9 @@ class Watch(Treatment):
         gone = list(unseen(at))
         if not gone:
             return finding
-        told = f"layer {at.site.layer} of {at.site.tower}, heads {gone}"
-        self.notes[told] = "the plan computes their attention another way: there are no weights"
+        where = f"layer {at.site.layer} of {at.site.tower}, heads {gone}"
+        why = "the plan computes their attention another way: there are no weights"
+        self.piece.notes[where] = why
         parts = ({n: x.clone() for n, x in p.items()} for p in (finding.metrics, finding.profiles))
         metrics, profiles = parts
         for x in (*metrics.values(), *profiles.values()):
@@ -75,7 +72,7 @@ class Watch(Treatment):
             try:
                 yield reading.begin(look)
             except (UnsupportedError, ArgumentError) as error:
-                self.notes.setdefault(f"{name} at {site.tower}", str(error))
+                self.piece.notes.setdefault(f"{name} at {site.tower}", str(error))
 
     def look(self, at: Moment, output: Tensor, passage: Passage) -> Look:
         """The view of a call with what is known about the passage."""
@@ -121,18 +118,8 @@ class Watch(Treatment):
         return block.register_forward_pre_hook(enter, with_kwargs=True)
 
 
-def watch(
-    scene: Scene,
-    readings: Mapping[str, Reading],
-    strongest: Strongest | None,
-    notes: dict[str, str],
-) -> Gathered:
-    """What the readings found in all passages of a scene."""
-    domains = {passage.domain for passage in scene.passages}
-    gathered = Gathered()
-    watching = Watch(readings, gathered, strongest, notes, len(domains) > 1)
+def watch(scene: Scene, readings: Mapping[str, Reading], index: int, piece: Piece) -> None:
+    """Add to a piece what the readings find in one passage of a scene."""
+    watching = Watch(readings, piece, scene, index)
     with torch.no_grad(), watching.on(scene):
-        for index, passage in enumerate(scene.passages):
-            watching.now[:] = [(index, passage)]
-            scene.model(**passage.inputs)
-    return gathered
+        scene.model(**scene.passages[index].inputs)

@@ -32,7 +32,8 @@ class Named(Record):
 class Inquiry(Record):
     """What is asked: every plan, at every length, on every task. examples: questions of needle and
     recall, perplexity reads an eighth as many passages. tokens: decoded for timing. seconds: of
-    timing at each length. file: text to use instead of Python's documentation.
+    timing at each length. file: text to use instead of Python's documentation. later: questions
+    come after the prompt, as where many share one, so that no plan can choose by them.
     """
 
     plans: Annotated[tuple[Named, ...], Field(min_length=1)]
@@ -43,6 +44,7 @@ class Inquiry(Record):
     tokens: PositiveInt = 32
     seconds: NonNegativeFloat = 5.0
     file: str | None = None
+    later: bool = False
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

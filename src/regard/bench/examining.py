@@ -26,16 +26,16 @@ NAMED_FACTS = 4
 
 def exam(task: Task, length: int, inquiry: Inquiry, subject: Subject) -> Exam:
     """A task for this model at one length."""
-    examples, file = inquiry.examples, inquiry.file
+    examples, file, later = inquiry.examples, inquiry.file, inquiry.later
     if task == "perplexity":
         return Passages(subject, length, max(1, examples // QUESTIONS), file)
     if not subject.symbols:
         facts = 1 if task == "needle" else NAMED_FACTS
-        return TextFacts(subject, length, facts, examples, inquiry.seed, file)
+        return TextFacts(subject, length, facts, examples, inquiry.seed, file, later)
     if task == "needle":
-        return SymbolFacts(Needle(length, file=file, examples=examples), inquiry.seed)
+        return SymbolFacts(Needle(length, file=file, examples=examples), inquiry.seed, later)
     needle = Needle(length, facts=FACTS, asked=FACTS, file=file, examples=examples)
-    return SymbolFacts(needle, inquiry.seed)
+    return SymbolFacts(needle, inquiry.seed, later)
 
 
 @dataclass(frozen=True)

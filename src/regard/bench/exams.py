@@ -73,16 +73,23 @@ class Exam(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Interview:
-    """Prompts that end with a first question, and the questions that follow it.
+    """A text and the questions about it.
 
-    prompt: (B,N). asks: for every further question (B,n), read after the answer before. count:
-    tokens of an answer. right: question number and answer (B,count) -> boolean (B,).
+    text: (B,N). asks: the questions, each (B,n); the first ends the prompt, the others are read
+    after the answer before. count: tokens of an answer. right: question number and answer (B,count)
+    -> boolean (B,). later: the text alone is the prompt, and the first question is read after it.
     """
 
-    prompt: Tensor
+    text: Tensor
     asks: tuple[Tensor, ...]
     count: int
     right: Callable[[int, Tensor], Tensor]
+    later: bool = False
+
+    @property
+    def prompt(self) -> Tensor:
+        """What is read at once (B,N)."""
+        return self.text if self.later else torch.cat([self.text, self.asks[0]], 1)
 
 
 def interviewed(
@@ -93,12 +100,16 @@ def interviewed(
     """
     right = asked = 0
     for interview in interviews:
-        last = interview.prompt[:, :0].to(model.device)
+        unread = interview.text.to(model.device)
         with under(plan, model):
             reading = Reading(model)
-            for number, ask in enumerate((interview.prompt, *interview.asks)):
-                answer = reading.answer(torch.cat([last, ask.to(model.device)], 1), interview.count)
-                last = answer[:, -1:]
+            if interview.later:
+                reading.read(unread)
+                unread = unread[:, :0]
+            for number, ask in enumerate(interview.asks):
+                unread = torch.cat([unread, ask.to(model.device)], 1)
+                answer = reading.answer(unread, interview.count)
+                unread = answer[:, -1:]
                 marks = interview.right(number, answer.cpu())
                 right, asked = right + int(marks.sum()), asked + len(marks)
     low, high = wilson(right, asked)

@@ -19,9 +19,10 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class FitConfig(Record):
     """What is asked. budget: part of the untouched model's cost, in `unit`. lengths: tokens of the
     prompts that the budget must hold at. examples: that losses are measured on; exams: questions
-    that plans are evaluated on. rounds: of refinement in company. rule: which tokens a
-    key head keeps. shares: parts of the cache that a
-    key head may keep. file: text to use instead of Python's documentation.
+    that plans are evaluated on. rounds: of refinement in company. rule: which tokens a key head
+    keeps. shares: parts of the cache that a key head may keep. file: text to use instead of
+    Python's documentation. later: questions come after the prompt, so that no rule can choose by
+    them.
     """
 
     budget: Fraction = 0.25
@@ -38,6 +39,7 @@ class FitConfig(Record):
     seconds: NonNegativeFloat = 3.0
     tokens: PositiveInt = 16
     file: str | None = None
+    later: bool = False
 
     @model_validator(mode="after")
     def _can_be_rules(self) -> Self:

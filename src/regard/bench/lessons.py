@@ -23,7 +23,7 @@ APART = 7919
 
 def lessons(exam: Exam, count: int, device: torch.device | str = "cpu") -> tuple[Passage, ...]:
     """At least `count` examples of an exam's kind as passages with answers, in batches: the prompt
-    ends where the first question does, what follows is the answer, scored where it is one.
+    ends where that of the exam does, what follows is scored where it is an answer.
 
     Raises:
         UnsupportedError: an exam of another kind.
@@ -31,7 +31,7 @@ def lessons(exam: Exam, count: int, device: torch.device | str = "cpu") -> tuple
     if isinstance(exam, SymbolFacts):
         task = replace(exam.task, examples=count)
         batches = task.batches("valid", ROWS, exam.seed + APART)
-        found = [_symbols(batch) for batch in batches]
+        found = [_symbols(batch, exam.later) for batch in batches]
     elif isinstance(exam, TextFacts):
         found = list(_texts(replace(exam, examples=count, seed=exam.seed + APART)))
     elif isinstance(exam, Passages):
@@ -41,10 +41,12 @@ def lessons(exam: Exam, count: int, device: torch.device | str = "cpu") -> tuple
     return tuple(_on(passage, device) for passage in found)
 
 
-def _symbols(batch: Batch) -> Passage:
-    first = int((batch.targets[0] != IGNORED).nonzero()[0])
-    ahead = torch.cat([batch.inputs[:, first + 1 :], batch.targets[:, -1:]], 1)
-    return _passage(batch.inputs[:, : first + 1], ahead, batch.targets[:, first:] != IGNORED)
+def _symbols(batch: Batch, later: bool) -> Passage:
+    """The prompt ends with the key that is asked first, or before the question."""
+    key = int((batch.targets[0] != IGNORED).nonzero()[0])
+    end = key - 1 if later else key + 1
+    ahead = torch.cat([batch.inputs[:, end:], batch.targets[:, -1:]], 1)
+    return _passage(batch.inputs[:, :end], ahead, batch.targets[:, end - 1 :] != IGNORED)
 
 
 def _texts(exam: TextFacts) -> Iterator[Passage]:
@@ -54,6 +56,10 @@ def _texts(exam: TextFacts) -> Iterator[Passage]:
         longest = max(map(len, said))
         answer = torch.tensor([ids + [0] * (longest - len(ids)) for ids in said])
         scored = torch.tensor([[i < len(ids) for i in range(longest)] for ids in said])
+        if interview.later:
+            ask = interview.asks[0]
+            answer = torch.cat([ask, answer], 1)
+            scored = torch.cat([torch.zeros_like(ask, dtype=torch.bool), scored], 1)
         yield _passage(interview.prompt, answer, scored)
 
 

@@ -24,7 +24,7 @@ def inquiry_of(config: FitConfig, plans: Iterable[Named] = ()) -> Inquiry:
     return Inquiry(
         plans=tuple(plans) or (Named(label="none", plan=Plan()),), tasks=(config.task,),
         lengths=config.lengths, examples=config.exams, seed=config.seed, tokens=config.tokens,
-        seconds=config.seconds, file=config.file,
+        seconds=config.seconds, file=config.file, later=config.later,
     )  # fmt: skip
 
 

@@ -47,9 +47,7 @@ class Subject:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to another process it goes by its name, and is loaded there again."""
-        folder = Path(self.name)
-        name = str(folder.absolute()) if folder.is_dir() else self.name
-        return reloaded, (name, str(self.model.device), fingerprint(self.model))
+        return reloaded, (placed(self.name), str(self.model.device), fingerprint(self.model))
 
     @property
     def symbols(self) -> bool:
@@ -129,9 +127,20 @@ def reloaded(name: str, device: str, expected: str) -> Subject:
         ArgumentError: it is not the one with the expected fingerprint.
     """
     found = load(name, device)
-    if fingerprint(found.model) != expected:
-        raise ArgumentError("launcher", f"here, for a model that is not {name} as it is kept", name)
+    check_same(found.model, name, expected)
     return found
+
+
+def placed(name: str) -> str:
+    """The name of a model for a process in another folder."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
+def check_same(model: Any, name: str, expected: str) -> None:
+    """Raise ArgumentError unless a model that was found again has the expected fingerprint."""
+    if fingerprint(model) != expected:
+        raise ArgumentError("launcher", f"here, for a model that is not {name} as it is kept", name)
 
 
 def skeleton(name: str) -> Any:

@@ -35,7 +35,7 @@ class TextFacts:
     """Numbers planted at random places in text, all of them asked. facts: 1 for a needle, up to 8.
 
     length: tokens of an example, questions and answers included. file: text to use in place of
-    Python's documentation.
+    Python's documentation. later: the first question is no part of the prompt.
     """
 
     subject: Subject
@@ -44,6 +44,7 @@ class TextFacts:
     examples: int
     seed: int
     file: str | None = None
+    later: bool = False
 
     def __post_init__(self) -> None:
         shown = sum(len(fact) for fact in self._facts([10**DIGITS - 1] * self.facts))
@@ -60,7 +61,7 @@ class TextFacts:
         return {
             "task": "recall" if self.facts > 1 else "needle",
             "length": self.length, "facts": self.facts, "examples": self.examples,
-            "file": self.file,
+            "file": self.file, "later": self.later,
         }  # fmt: skip
 
     def score(self, model: Any, plan: Plan | None) -> Score:
@@ -76,20 +77,20 @@ class TextFacts:
         for index, count in enumerate(batched(self.examples)):
             random = np.random.default_rng(stream_seed("test", self.seed, index))
             numbers = random.integers(10 ** (DIGITS - 1), 10**DIGITS, (count, self.facts))
-            prompts = [self._prompt(random, source, row) for row in numbers.tolist()]
-            yield self._interview(torch.tensor(prompts), numbers), numbers
+            texts = [self._text(random, source, row) for row in numbers.tolist()]
+            yield self._interview(torch.tensor(texts), numbers), numbers
 
-    def _interview(self, prompt: Tensor, numbers: Any) -> Interview:
+    def _interview(self, text: Tensor, numbers: Any) -> Interview:
         def right(number: int, found: Tensor) -> Tensor:
             said = [self.subject.decode(row) for row in found.tolist()]
             pairs = zip(said, numbers[:, number], strict=True)
             return torch.tensor([bool(re.match(rf"\s*{wanted}(?!\d)", s)) for s, wanted in pairs])
 
-        asks = tuple(torch.tensor([self._ask(i)] * len(prompt)) for i in range(1, self.facts))
+        asks = tuple(torch.tensor([self._ask(i)] * len(text)) for i in range(self.facts))
         longest = max(len(self.subject.plain(f" {number}")) for number in numbers.flat)
-        return Interview(prompt, asks, longest, right)
+        return Interview(text, asks, longest, right, self.later)
 
-    def _prompt(self, random: np.random.Generator, source: Source, numbers: list[int]) -> list[int]:
+    def _text(self, random: np.random.Generator, source: Source, numbers: list[int]) -> list[int]:
         facts, opening = self._facts(numbers), self.subject.opening
         room = self.length - len(opening) - self._asked - sum(map(len, facts))
         text = source.passage(random.random(), room)
@@ -99,7 +100,7 @@ class TextFacts:
         for cut, which in zip(cuts, order, strict=True):
             ids += text[last:cut] + facts[which]
             last = cut
-        return ids + text[last:] + self._ask(0)
+        return ids + text[last:]
 
     @property
     def _asked(self) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from regard.bench.record import Record
+from regard.cli.launching import Launch, Workers
 from regard.cli.output import console, notice
 from regard.core.errors import ArgumentError
 
@@ -72,6 +73,9 @@ class Survey(Record):
     out: Annotated[
         Path | None, Option(help="folder for atlas.json, profiles.safetensors and atlas.html")
     ] = None
+    launcher: Launch = "here"
+    workers: Workers = None
+    threads: Annotated[int | None, Option(min=1, help="processor threads")] = None
     no_progress: Annotated[bool, Option("--no-progress", help="draw no progress bar")] = False
 
     def run(self) -> None:
@@ -100,24 +104,25 @@ class Survey(Record):
             console().print(f"report: {self.out / PAGE}")
 
     def _measured(self) -> Atlas:
-        from regard.atlases.survey import atlas
-        from regard.bench.showing.opening import open_model
+        from regard.bench.surveying import Surveying, surveyed
+        from regard.cli.launching import launched
         from regard.cli.progress import share_bar
         from regard.plan import Plan
 
-        exhibit = open_model(self.model)
-        passages = exhibit.passages(self._sources(), self.examples, self.length)
-        for note in exhibit.notes:
+        launcher = launched(self.launcher, self.workers, self.threads)
+        job = Surveying(
+            self.model,
+            tuple(self._sources()),
+            self.examples,
+            self.length,
+            self.probes if self.probes in KINDS else _names(self.probes),
+            self.examples_kept,
+            None if self.plan is None else Plan.load(self.plan),
+        )
+        for note in job.exhibit.notes:
             notice(note)
         with share_bar(not self.no_progress) as watch:
-            return atlas(
-                exhibit.model,
-                passages,
-                self.probes if self.probes in KINDS else _names(self.probes),
-                examples=self.examples_kept,
-                plan=None if self.plan is None else Plan.load(self.plan),
-                progress=watch,
-            )
+            return surveyed(job, launcher, watch)
 
     def _sources(self) -> Sequence[Source]:
         from regard.bench.showing.exhibit import Source
@@ -150,5 +155,5 @@ def _source(text: str) -> Source:
     return Source(Path(file), name)
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

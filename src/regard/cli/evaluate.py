@@ -45,6 +45,9 @@ class Evaluate(Record):
     tokens: Annotated[int, Option(help="tokens decoded for timing")] = 32
     seconds: Annotated[float, Option(help="seconds of timing at each length")] = 5.0
     file: Annotated[Path | None, Option(help="text to use in place of Python's own")] = None
+    later: Annotated[
+        bool, Option("--later", help="ask after the prompt is cached, so that no rule can vote")
+    ] = False
     out: Annotated[Path, Option(help="folder of results; one that exists is resumed")] = Path(
         "runs/evaluate"
     )
@@ -81,6 +84,7 @@ class Evaluate(Record):
             tokens=self.tokens,
             seconds=self.seconds,
             file=None if self.file is None else str(self.file),
+            later=self.later,
         )
 
     def _evaluated(self, inquiry: Inquiry) -> Evaluation:

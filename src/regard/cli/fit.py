@@ -48,6 +48,9 @@ class Fit(Record):
     seed: Annotated[int, Option(help="seed of examples and questions")] = 0
     sinks: Annotated[int, Option(help="first tokens that every head keeps")] = 4
     file: Annotated[Path | None, Option(help="text to use in place of Python's own")] = None
+    later: Annotated[
+        bool, Option("--later", help="ask after the prompt is cached, so that no rule can vote")
+    ] = False
     out: Annotated[Path, Option(help="folder of results; one that exists is resumed")] = Path(
         "runs/fit"
     )
@@ -89,6 +92,7 @@ class Fit(Record):
                 "seed": self.seed,
                 "sinks": self.sinks,
                 "file": None if self.file is None else str(self.file),
+                "later": self.later,
             }
         )
 

@@ -23,6 +23,11 @@ class Source:
     path: Path | None = None
     domain: str = ""
 
+    def placed(self) -> Source:
+        """The same for a process in another folder."""
+        there = self.path is not None and self.path.exists()
+        return replace(self, path=self.path.absolute()) if there and self.path else self
+
 
 @dataclass(frozen=True, eq=False)
 class Exhibit:
