@@ -494,3 +494,18 @@ def test_a_quarter_of_the_bytes_keeps_the_needle_where_uniform_does_not(seed: in
     assert found.cost <= 0.25
     assert plan >= 0.98 * dense
     assert uniform < 0.98 * dense
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_questions_after_the_prompt_are_answered_where_no_uniform_plan_can(seed: int) -> None:
+    """Nobody can vote for what is not asked yet."""
+    model, exam = load("pocket").model, SymbolFacts(Needle(1024, examples=96), seed, later=True)
+    found = regard.fit(model, lessons(exam, 48), 0.3)
+    assert found.cost <= 0.3
+    uniform = (("stream", {"sinks": 4}), ("stream", {"sinks": 0}), ("snapkv", {"window": 8}))
+    plans = [Plan(steps=(Step(treatment=t, options={**o, "budget": 0.3}),)) for t, o in uniform]
+    dense, own, *others = (exam.score(model, p).value or 0.0 for p in (None, found.plan, *plans))
+    assert own >= 0.98 * dense
+    assert max(others) < 0.5 * dense

@@ -411,3 +411,41 @@ def test_ray_tries_again_and_reports(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(ArgumentError, match="record: expected another"):
         list(launcher("ray").map(Marked(tmp_path, 1, 0, "regard"), range(1, 2), silent))
+
+
+@dataclass(frozen=True)
+class Waits(Marked):
+    """The same; every record but the first waits, at its first start, for the file `go`."""
+
+    def __call__(self, record: int, tell: Callable[[Any], None]) -> tuple[int, int]:
+        result = super().__call__(record, tell)
+        while record and not (self.folder / "go").exists():
+            time.sleep(0.05)
+        return result
+
+
+@pytest.mark.enable_socket
+@pytest.mark.usefixtures("engine")
+def test_a_machine_that_is_lost_costs_what_it_was_at(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": torch.get_num_threads()})
+    try:
+        second = cluster.add_node(num_cpus=torch.get_num_threads())
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+        found: dict[int, tuple[int, int]] = {}
+        for record, result in launcher("ray").map(Waits(tmp_path), range(4), silent):
+            while not found and len(list(tmp_path.iterdir())) < 3:
+                time.sleep(0.05)  # until both machines are at work
+            if not found:
+                cluster.remove_node(second, allow_graceful=False)
+                (tmp_path / "go").touch()
+            found[record] = result
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert sorted(found.values()) == [(n * n, torch.get_num_threads()) for n in range(4)]
+    starts = [path.name for path in tmp_path.iterdir() if path.suffix == ".1"]
+    assert len(starts) == 1
