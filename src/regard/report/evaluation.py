@@ -80,5 +80,11 @@ def _facts(read: Evaluation) -> list[tuple[str, str]]:
         ("numbers", subject.dtype),
         ("tokens", ", ".join(f"{length:,}" for length in read.lengths)),
     ]
-    facts += [("questions", str(o["examples"])) for t, o in read.tasks.items() if t == "needle"]
+    needles = [options for task, options in read.tasks.items() if task == "needle"]
+    facts += [("questions", asked(o["examples"], bool(o.get("later")))) for o in needles]
     return [*facts, ("seed", str(read.seed))]
+
+
+def asked(questions: int, later: bool) -> str:
+    """How many questions are asked, and where."""
+    return f"{questions}, after the prompt" if later else str(questions)

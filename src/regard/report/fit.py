@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regard.core.catalog import probe_cards
+from regard.report.evaluation import asked
 from regard.report.evaluation_record import Row
 from regard.report.fit_heads import heads_of
 from regard.report.fit_record import Fit, read_fit
@@ -133,7 +134,7 @@ def _facts(fit: Fit) -> list[tuple[str, str]]:
         ("cost of the plan", percent(fit.cost)),
         ("tokens", ", ".join(f"{length:,}" for length in config.lengths)),
         ("examples to learn from", str(config.examples)),
-        ("questions to prove it", str(config.exams)),
+        ("questions to prove it", asked(config.exams, config.later)),
         ("seed", str(config.seed)),
         ("search and proof took", duration(fit.seconds)),
     ]

@@ -29,6 +29,7 @@ class Settings(Shown):
     sinks: Count
     shares: tuple[Share, ...] = Field(min_length=1)
     file: str | None = None
+    later: bool = False
 
 
 class KeyHead(Shown):
