@@ -29,19 +29,16 @@ def batch(length: int = 14) -> Batch:
 
 
 def training(blend: Blend, *, sinks: int = 1, recent: int = 2) -> GateTraining:
-    found = GateTraining(tiny_decoder(), sinks=sinks, recent=recent, blend=blend)
-    found.alpha = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
-    return found
+    return GateTraining(tiny_decoder(), sinks=sinks, recent=recent, blend=blend)
 
 
 def at(found: GateTraining, gates: Tensor) -> Tensor:
-    found.alpha = gates
-    return found.distance(batch())
+    return found.distance(batch().inputs, batch().targets, gates)
 
 
 @pytest.mark.parametrize("blend", BLENDS)
 def test_open_gates_change_nothing(blend: Blend) -> None:
-    assert training(blend).distance(batch()).item() < 1e-20
+    assert at(training(blend), torch.ones(3, 2, dtype=torch.float64)).item() < 1e-20
 
 
 @pytest.mark.parametrize("blend", BLENDS)
@@ -115,7 +112,9 @@ def test_bad_training() -> None:
         GateTraining(torch.nn.Linear(2, 2))
     nothing = Batch(prompt(5), torch.full((1, 5), IGNORED))
     with pytest.raises(ArgumentError, match="supervised"):
-        GateTraining(tiny_decoder()).distance(nothing)
+        GateTraining(tiny_decoder()).run(repeat(nothing), 1)
+    with pytest.raises(ArgumentError, match="1 steps for each process"):
+        GateTraining(tiny_decoder()).run(iter(()), 1)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.5, 0.75, 0.9])

@@ -76,7 +76,8 @@ class Seen:
 
     def __enter__(self) -> Seen:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Mapping):
+            outer = isinstance(module, nn.parallel.DistributedDataParallel)
+            if args and isinstance(args[0], Mapping) and not outer:
                 self.numbers.append(int(args[0]["input_ids"][0, 0]))
 
         self.handle = nn.modules.module.register_module_forward_pre_hook(note)

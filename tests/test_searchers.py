@@ -27,7 +27,7 @@ from regard.importance.kronecker import Factors
 from regard.importance.layer_similarity import Drops
 from regard.lenses.gradient_attention import gradient_attention
 from regard.plan import Plan, PlanError, Step
-from regard.recipes.layer_similarity import drop_plan
+from regard.recipes.layer_similarity import drop_plan, stretch_similarity
 from regard.search.answering import mean_loss
 from regard.search.bandit import ClusterBandit, clustered
 from regard.search.calibration_sets import CalibrationSets
@@ -794,3 +794,65 @@ def test_samples_like_the_reference_are_kept() -> None:
     assert len(none.influence) == 12
     with pytest.raises(ArgumentError, match="clusters"):
         search.run(scene, good, [0])
+
+
+# What is to be used, and what goes together
+
+
+def test_floors_of_what_plans_cost() -> None:
+    """Three heads of three rules: of all choices between floor and budget the best, or an error."""
+    random = np.random.default_rng(1)
+    losses = random.random((1, 3, 3))
+    costs = np.broadcast_to(np.array([0.1, 0.2, 0.3]), (2, 3, 3)).copy()
+    budgets, floors, rows = np.array([0.9, 0.9]), np.array([0.0, 0.75]), np.arange(3)
+    (found,) = pareto(losses, costs, budgets, blocks=rows, floors=floors)
+    every = [list(x) for x in itertools.product(range(3), repeat=3) if sum(x) >= 5]
+    best = min(losses[0, rows, x].sum() for x in every)
+    assert losses[0, rows, found].sum() == pytest.approx(best)
+    (free,) = pareto(losses, costs, budgets, blocks=rows)
+    assert losses[0, rows, free].sum() < best
+    with pytest.raises(ArgumentError):
+        pareto(losses, costs, budgets, blocks=rows, floors=np.array([0.95, 0.95]))
+
+
+def test_plans_use_their_density() -> None:
+    """Also where nothing is profiled, so that no loss asks for it; more of it never costs more."""
+    model, given = tiny_decoder(), [passage(prompt(32, batch=2))]
+    unseen = [passage(prompt(48, batch=2))]
+    found = {
+        (density, used): ElasticSpans(density, used, (64,), block=4).run(model, given, unseen)
+        for density, used in ((0.5, 0.0), (0.5, 0.9), (0.75, 0.9))
+    }
+    assert found[0.5, 0.9].lengths == (32, 48, 64)
+    for (density, used), spans in found.items():
+        assert (spans.densities <= density + 1e-6).all()
+        assert (spans.densities >= used * density - 1e-6).all()
+    assert found[0.5, 0.0].densities.min() < 0.45
+    least = {key: spans.predicted.min() for key, spans in found.items()}
+    assert least[0.75, 0.9] <= least[0.5, 0.9]
+    assert least[0.5, 0.0] <= least[0.5, 0.9]
+    with pytest.raises(ArgumentError, match="used"):
+        ElasticSpans(used=1.5)
+
+
+def test_a_stretch_of_blocks_goes_together() -> None:
+    """The second block undoes the first: alone each turns the stream, together they do not."""
+    model, ids = tiny_decoder(), prompt(12, batch=2)
+    first, second = model.model.layers[0], model.model.layers[1]
+    turn = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64)).Q
+    first.register_forward_hook(lambda m, a, y: a[0] @ turn)
+    second.register_forward_hook(lambda m, a, y: a[0] @ turn.T)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    padded = [Passage({"input_ids": ids, "attention_mask": mask}, ids)]
+    found = stretch_similarity(model, padded, 2)
+    close(found[0], torch.ones(()).double(), "stretch", 1e-9)
+    assert found[1] < 0.9
+    (step,) = layer_dropping(model, padded, 2, kind="stretch").steps
+    assert (step.layers, step.options) == ((0, 1), {"sublayer": "both"})
+    apart = [passage(ids[:1]), passage(ids[1:, 5:])]
+    close(stretch_similarity(model, apart, 2), found, "padding", 1e-6)
+    with pytest.raises(ArgumentError, match="stretch"):
+        layer_dropping(model, padded, 2, kind="stretch", in_turn=True)
+    with pytest.raises(ArgumentError, match="count"):
+        layer_dropping(model, padded, 4, kind="stretch")

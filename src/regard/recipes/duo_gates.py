@@ -15,19 +15,20 @@ The data must ask for what lies far back, at positions that are supervised:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.hosting import Host, host_of
 from regard.core.incoming import Chosen
 from regard.core.moment import Moment, Site
 from regard.core.treatment import Treatment
-from regard.recipes.training import frozen
+from regard.recipes.training import Progress, frozen, trained
 from regard.tasks.task import IGNORED, Batch
 from regard.treatments.duo import check_stream, gated
 
@@ -72,8 +73,8 @@ class Moves:
     open: float
 
 
-class GateTraining:
-    """Gates of a model under training.
+class GateTraining(nn.Module):
+    """Gates of a model under training, as a lesson.
 
     Raises:
         ArgumentError: sinks or recent out of range, a blend of another name.
@@ -83,6 +84,7 @@ class GateTraining:
     def __init__(
         self, model: Any, *, sinks: int = 128, recent: int = 256, blend: Blend = "published"
     ) -> None:
+        super().__init__()
         check_stream(sinks, recent)
         if blend not in ("published", "self"):
             raise ArgumentError("blend", "'published' or 'self'", blend)
@@ -97,19 +99,28 @@ class GateTraining:
             raise ArgumentError("model", "causal self-attention", type(model).__name__)
         first = self.sites[0]
         device = next(model.parameters()).device
-        self.alpha = torch.ones(first.layers, first.kv_heads, device=device, requires_grad=True)
+        self.alpha = nn.Parameter(torch.ones(first.layers, first.kv_heads, device=device))
 
-    def distance(self, batch: Batch) -> Tensor:
-        """Mean square difference of the last hidden states at supervised tokens."""
-        asked = batch.targets != IGNORED
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The distance of the states on `inputs` and `targets`, and the penalty of open gates."""
+        with torch.no_grad():
+            self.alpha.clamp_(0, 1)
+        distance = self.distance(batch["inputs"], batch["targets"], self.alpha)
+        return {"distance": distance, "open": PENALTY * self.alpha.abs().mean()}
+
+    def distance(self, inputs: Tensor, targets: Tensor, gates: Tensor) -> Tensor:
+        """Mean square difference of the last hidden states under gates (layers, key heads), at the
+        tokens of inputs (B,N) whose targets (B,N) supervise.
+        """
+        asked = targets != IGNORED
         if not bool(asked.any()):
             raise ArgumentError("batch.targets", "some supervised token", "none")
         outputs: dict[str, Tensor] = {}
         with torch.no_grad():
-            wanted = self._hidden(batch.inputs, Recorded(outputs))[asked]
+            wanted = self._hidden(inputs, Recorded(outputs))[asked]
         full = outputs if self.blend == "published" else None
-        treatment = DuoGate(self.alpha, self.sinks, self.recent, full)
-        found = self._hidden(batch.inputs, treatment)[asked]
+        treatment = DuoGate(gates, self.sinks, self.recent, full)
+        found = self._hidden(inputs, treatment)[asked]
         precise = torch.promote_types(found.dtype, torch.float32)
         return (found.to(precise) - wanted.to(precise)).square().mean()
 
@@ -129,18 +140,20 @@ class GateTraining:
         steps: int,
         watch: Callable[[Moves], None] = lambda _: None,
     ) -> Tensor:
-        """Train for some steps; the gates (layers, key heads), clamped to [0, 1]."""
-        optimiser = torch.optim.AdamW([self.alpha], RATE, weight_decay=0.0)
+        """Train for some steps; the gates (layers, key heads), clamped to [0, 1].
+
+        Raises:
+            ArgumentError: no steps, too few batches, or one that asks nothing.
+            UnsupportedError: accelerate is missing.
+        """
+
+        def told(moved: Progress) -> None:
+            losses = moved.losses
+            watch(Moves(moved.done, losses["distance"], losses["open"] / PENALTY))
+
+        given = ({"inputs": batch.inputs, "targets": batch.targets} for batch in batches)
         with frozen(self.model):
-            for done in range(steps):
-                with torch.no_grad():
-                    self.alpha.clamp_(0, 1)
-                distance, opened = self.distance(next(batches)), self.alpha.abs().mean()
-                optimiser.param_groups[0]["lr"] = RATE * _factor(done, steps)
-                optimiser.zero_grad()
-                (distance + PENALTY * opened).backward()
-                optimiser.step()
-                watch(Moves(done + 1, distance.item(), opened.item()))
+            trained(self, given, steps, rate=RATE, clip=math.inf, schedule=_factor, watch=told)
         return self.alpha.detach().clamp(0, 1)
 
 

@@ -1,4 +1,8 @@
-"""From gates to a plan: the key heads of the lowest gates stream, the others keep everything."""
+"""From gates to a plan: the key heads of the lowest gates stream, the others keep everything.
+
+Gates that the authors have published are tables of text, a row per layer and a column per key head,
+which `torch.from_numpy(numpy.loadtxt(PATH))` reads.
+"""
 
 from __future__ import annotations
 

@@ -95,13 +95,15 @@ def like_blocks(
     *,
     skip_first: int = 1,
     skip_last: int = 1,
+    rows: int | None = 64,
 ) -> Blocks:
     """Blocks of successive layers that attend alike, measured on keyword arguments of forwards.
+    rows: queries of each sequence that are compared; None: all, whose maps are held at once.
 
     Raises:
         ArgumentError: there is no batch, or nothing is so similar.
     """
-    found = layer_map_similarity(model, batches)
+    found = layer_map_similarity(model, batches, rows=rows)
     blocks = alike(found, threshold, skip_first=skip_first, skip_last=skip_last)
     if not blocks:
         raise ArgumentError("threshold", "one that some neighbouring inner layers reach", threshold)

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.core.answers import real_tokens_of
+from regard.core.answers import real_or_all, real_tokens_of
 from regard.core.errors import ArgumentError
 from regard.core.passage import Passage, passage_of
 from regard.core.scene import Scene
-from regard.importance.layer_similarity import Drops, dropped, dropped_in_turn
+from regard.importance.layer_similarity import (
+    Drops,
+    dropped,
+    dropped_in_turn,
+    similarity_by_sequence,
+)
 from regard.plan import Plan, Step
-from regard.probes.layer_similarity import LayerSimilarity
+from regard.probes.layer_similarity import LayerSimilarity, streams
 
 SUBLAYERS = {"attention": "attention", "mlp": "mlp", "block": "both"}
 """What is measured, and what leaves it out."""
@@ -46,6 +51,36 @@ def sublayer_similarity(
                     sums[part][site.layer] += (count * found.double()).sum().cpu()
     tokens = sum(int(real_tokens_of(passage).sum()) for passage in scene.passages)
     return {part: total / tokens for part, total in sums.items()}
+
+
+@torch.no_grad()
+def stretch_similarity(
+    model: Any, batches: Iterable[Passage | Mapping[str, Any]], count: int
+) -> Tensor:
+    """Mean cosines (L-count+1,) of the stream before and after each stretch of `count` successive
+    blocks, over the real tokens of batches.
+
+    Raises:
+        ArgumentError: there is no batch; fewer blocks than that.
+    """
+    scene = Scene.of(model, [passage_of(batch) for batch in batches])
+    if not scene.passages:
+        raise ArgumentError("batches", "one batch or more", 0)
+    sites, total, tokens = scene.chain, torch.zeros(()), 0
+    if not 1 <= count <= len(sites):
+        raise ArgumentError("count", f"1 to {len(sites)} blocks", count)
+    for passage in scene.passages:
+        with streams(scene, sites) as found:
+            scene.model(**passage.inputs)
+        stream = [found[site.name] for site in sites]
+        real = real_or_all(passage, stream[0][0])
+        each = [
+            similarity_by_sequence(first[0], last[2], real)
+            for first, last in zip(stream, stream[count - 1 :], strict=False)
+        ]
+        total = total + (torch.stack(each).double() * real.sum(-1)).sum(-1).cpu()
+        tokens += int(real.sum())
+    return total / tokens
 
 
 def drop_plan(drops: Drops) -> Plan:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.errors import UnsupportedError
+from regard.core.mode import in_mode
 from regard.core.passage import Passage
 from regard.plan import Plan
 
@@ -19,7 +20,7 @@ from regard.plan import Plan
 def answer_losses(model: Any, passage: Passage, plan: Plan | None = None) -> Tensor:
     """Negative log-likelihood (B,) of each answer, summed over its tokens (those that are scored),
     in nats: the prompt is read first, then the answer token by token through the cache that is left
-    of it. `model` is a causal language model of transformers.
+    of it, in evaluation mode. `model` is a causal language model of transformers.
 
     Raises:
         UnsupportedError: a passage without an answer or with a prompt that is padded at its end; a
@@ -31,7 +32,7 @@ def answer_losses(model: Any, passage: Passage, plan: Plan | None = None) -> Ten
     if padding is not None and not bool(padding[:, -1].all()):
         raise UnsupportedError("search", "a prompt is padded at its end; pad at its start")
     answer = passage.answer
-    with nullcontext() if plan is None else plan.applied(model):
+    with in_mode(model, False), nullcontext() if plan is None else plan.applied(model):
         read = model(**passage.inputs, use_cache=True)
         cache = getattr(read, "past_key_values", None)
         if cache is None:

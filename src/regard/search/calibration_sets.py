@@ -16,24 +16,33 @@ from regard.core.errors import ArgumentError
 from regard.core.scene import Scene
 from regard.core.searcher import SearcherCard
 from regard.plan import Plan
-from regard.search.head_sets import Head, every_head, judging, plan_of_heads, treating
+from regard.search.head_sets import (
+    SAME,
+    Head,
+    Heads,
+    every_head,
+    judging,
+    plan_of_heads,
+    treating,
+)
 from regard.search.judging import By
 from regard.treatments.sink_calibration import SinkCalibration
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What was found: the plan, and the gain of every head that was tried, alone."""
+    """What was found: the plan, its heads, and the gain of every head that was tried, alone."""
 
     plan: Plan
+    heads: Heads
     gains: dict[Head, float]
     untouched: float
 
 
 @dataclass(frozen=True)
 class CalibrationSets:
-    """treatment: the calibration. by: what to go by. least: the gain that a head must exceed.
-    skip_first, skip_last: layers that are left out.
+    """treatment: the calibration. by: what to go by. least: the gain that a head must exceed, and
+    that of rounding in any case. skip_first, skip_last: layers that are left out.
     """
 
     treatment: SinkCalibration = field(default_factory=SinkCalibration)
@@ -64,9 +73,9 @@ class CalibrationSets:
             gains[head] = objective(treating(scene, self.treatment, [head])) - untouched
         if progress is not None:
             progress(1.0, "")
-        kept = [head for head in pool if gains[head] > self.least]
+        kept = tuple(head for head in pool if gains[head] > max(self.least, SAME))
         plan = plan_of_heads(scene, self.treatment, kept, "calibrated heads")
-        return Calibrated(plan, gains, untouched)
+        return Calibrated(plan, kept, gains, untouched)
 
 
 CARD = SearcherCard(
@@ -82,7 +91,7 @@ CARD = SearcherCard(
         ),
     ),
     claim=Claim(
-        "some heads answer better without their sinks, others worse: they are told apart by trial",
-        "regard evaluate --plan calibration_sets.json --task needle,perplexity",
+        "most heads predict worse without their sinks, a few do not, and trials tell them apart",
+        "regard study calibrated_heads",
     ),
 )

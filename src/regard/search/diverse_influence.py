@@ -3,15 +3,15 @@ r"""Diverse influence: training samples that lower the loss on a reference set, 
     J(z) = sum_W < (A_W (x) S_W + lam)^{-1} G_ref, G_z >        I(z) = J(z) / mean over ref of J
     draw from the cluster with the largest upper confidence bound of mean I; keep those with I > tau
 
-W are the linear maps of the model's self-attention; their factors A and S are those of the
-reference set (search/kronecker_influence.py). Only samples that are drawn cost a backward pass. lam
-is `damping` times the mean eigenvalue of A (x) S. Drawing stops at `count` samples, or when every
-cluster is used up.
+W are the linear maps of the model's self-attention, or of its layers (`maps`); their factors A and
+S are those of the reference set (search/kronecker_influence.py). Only samples that are drawn cost a
+backward pass. lam is `damping` times the mean eigenvalue of A (x) S. Drawing stops at `count`
+samples, or when every cluster is used up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,8 @@ from regard.core.passage import Passage
 from regard.core.scene import Scene
 from regard.core.searcher import SearcherCard
 from regard.search.bandit import ClusterBandit
-from regard.search.kronecker_influence import KroneckerInfluence
+from regard.search.kronecker_influence import KroneckerInfluence, Maps
+from regard.search.series import Told
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Diverse:
 @dataclass(frozen=True)
 class DiverseInfluence:
     """count: samples to keep. batch: samples per draw. threshold: tau. alpha, decay: of the bandit.
-    damping: see above.
+    damping, maps: see above.
     """
 
     count: int
@@ -48,6 +49,7 @@ class DiverseInfluence:
     alpha: float = 1.0
     decay: float = 1.0
     damping: float = 0.1
+    maps: Maps = "attention"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class DiverseInfluence:
         scene: Scene,
         samples: Sequence[Passage],
         clusters: Sequence[int],
-        progress: Callable[[float, str], None] | None = None,
+        progress: Told | None = None,
     ) -> Diverse:
         """Choose among samples, of one sequence each, in clusters numbered from 0, for the scene's
         passages as the reference.
@@ -70,7 +72,7 @@ class DiverseInfluence:
         """
         if not samples or len(clusters) != len(samples) or min(clusters) < 0:
             raise ArgumentError("clusters", f"a number for each of {len(samples)}", len(clusters))
-        influence = KroneckerInfluence(scene, self.damping)
+        influence = KroneckerInfluence(scene, self.damping, self.maps)
         left = self._shuffled(clusters)
         bandit = ClusterBandit(len(left), alpha=self.alpha, decay=self.decay)
         kept: list[int] = []
@@ -109,6 +111,8 @@ CARD = SearcherCard(
         ),
     ),
     claim=Claim(
-        "few samples need a backward pass to find helpful ones of many kinds", "regard atlas"
+        "few samples need a backward pass to find texts that help more than chance, and more kinds "
+        "of text than the highest influence alone",
+        "regard study diverse_samples",
     ),
 )

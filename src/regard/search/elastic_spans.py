@@ -3,7 +3,8 @@ r"""Elastic spans: for every head a window that grows with the prompt, found at 
     1  effects |E| of the loss by pairs of query and key, at every profiled length
     2  loss[p, g, rule] = what the rule hides of them at length p
     3  the Pareto front of sum_g loss[p, g, x_g] over the lengths p, under a bound on the mean
-       density at every length: an exact integer programme, one per point of an epsilon grid
+       density at every length, most of which is to be used, since at lengths that are not profiled
+       no loss asks for it: an exact integer programme, one per point of an epsilon grid
     4  of the plans on the front, the one with the lowest measured loss at lengths not profiled
 
 Density is tokens kept by tokens read. Layers use at most `distinct` rules, so that their heads can
@@ -28,9 +29,9 @@ from regard.plan.resolved import signature
 from regard.search.elastic_rules import elastic_rules, span_effects, span_losses
 from regard.search.fitting import decoder_sites
 from regard.search.judging import judged, whole
-from regard.search.pareto import pareto
+from regard.search.pareto import Choice, pareto
 from regard.search.prices import kept
-from regard.search.rules import groups_of, plan_of
+from regard.search.rules import Group, groups_of, plan_of
 from regard.search.solver import Numbers
 
 Told = Callable[[float, str], None]
@@ -53,12 +54,13 @@ class Spans:
 
 @dataclass(frozen=True)
 class ElasticSpans:
-    """density: bound at every length. lengths: more lengths at which it holds. block, sinks, step,
-    slopes: of the rules. points: of the grid, per length. distinct: rules in a layer; 0: any
-    number.
+    """density: bound at every length; used: part of it that a plan must use at every length.
+    lengths: more lengths at which both hold. block, sinks, step, slopes: of the rules. points: of
+    the grid, per length. distinct: rules in a layer; 0: any number, 1: one window per layer.
     """
 
     density: float = 0.5
+    used: float = 0.9
     lengths: tuple[int, ...] = ()
     block: int = 64
     sinks: int = 1
@@ -68,8 +70,8 @@ class ElasticSpans:
     distinct: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ArgumentError("density", "a fraction in (0, 1]", self.density)
+        if not 0 < self.density <= 1 or not 0 <= self.used <= 1:
+            raise ArgumentError("density, used", "fractions in (0, 1], [0, 1]", self)
         if self.points < 2 or self.distinct < 0:
             raise ArgumentError("points, distinct", "points >= 2 and distinct >= 0", self)
 
@@ -83,7 +85,8 @@ class ElasticSpans:
         """Search on passages of one or several lengths, and choose on `unseen` ones.
 
         Raises:
-            ArgumentError: nothing to profile or to choose by, a density that cannot be met.
+            ArgumentError: nothing to profile or to choose by, a density that cannot be met, or not
+                used so far.
             UnsupportedError: padded passages, or passages without anything to predict.
         """
         given, chosen_on = by_length(passages), by_length(unseen)
@@ -94,35 +97,41 @@ class ElasticSpans:
         lengths = tuple(sorted({*given, *chosen_on, *self.lengths}))
         options: dict[str, Any] = {"block": self.block, "sinks": self.sinks}
         rules = elastic_rules(list(given), **options, step=self.step, slopes=self.slopes)
+        told = progress or (lambda part, what: None)
         losses = []
         for done, (length, mine) in enumerate(given.items()):
-            if progress is not None:
-                progress(done / (len(given) + 1), f"effects at {length} tokens")
+            told(done / (len(given) + 1), f"effects at {length} tokens")
             effects = span_effects(model, sites, mine, self.block)
             losses.append(span_losses(effects, rules, length, self.block))
+        predicted = np.stack(losses)
         costs = kept(groups, rules, lengths) / (np.array(lengths) * len(groups))[:, None, None]
-        blocks = np.array([group.layer for group in groups])
-        choices = pareto(
-            np.stack(losses),
-            costs,
-            np.full(len(lengths), self.density),
-            blocks=blocks,
-            distinct=self.distinct,
-            points=self.points,
-        )
+        choices = self._choices(groups, predicted, costs)
         name, kind = f"elastic spans of {self.density:g}", signature(model)
         plans = tuple(plan_of(groups, rules, c, name=name, made_for=kind) for c in choices)
-        if progress is not None:
-            progress(len(given) / (len(given) + 1), f"{len(plans)} plans at unseen lengths")
+        told(len(given) / (len(given) + 1), f"{len(plans)} plans at unseen lengths")
         measured = tuple(_loss(model, unseen, plan) for plan in plans)
+        told(1.0, "chosen")
         rows = np.arange(len(groups))
         return Spans(
             plans[int(np.argmin(measured))],
             plans,
-            np.array([np.stack(losses)[:, rows, c].sum(1) for c in choices]),
+            np.array([predicted[:, rows, c].sum(1) for c in choices]),
             measured,
             np.array([costs[:, rows, c].sum(1) for c in choices]),
             lengths,
+        )
+
+    def _choices(self, groups: Sequence[Group], losses: Numbers, costs: Numbers) -> list[Choice]:
+        """The Pareto front of losses (P,G,C) within the bounds on the costs (Q,G,C)."""
+        bounds = np.full(len(costs), self.density)
+        return pareto(
+            losses,
+            costs,
+            bounds,
+            blocks=np.array([group.layer for group in groups]),
+            distinct=self.distinct,
+            points=self.points,
+            floors=self.used * bounds,
         )
 
 
@@ -158,6 +167,6 @@ CARD = SearcherCard(
     ),
     claim=Claim(
         "windows fitted to each head keep what one window of the same density for all loses",
-        "regard evaluate --plan elastic_spans.json --plan stream.json --task needle,perplexity",
+        "regard study windows_by_head",
     ),
 )

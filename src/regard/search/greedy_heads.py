@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError
+from regard.core.mode import in_mode
 from regard.core.moment import Site
 from regard.core.scene import Scene
 from regard.core.searcher import SearcherCard
@@ -75,7 +76,8 @@ def greedy_heads(
         raise ArgumentError("count, rounds", f"1 to {len(pool)} heads in all", got)
 
     def value(heads: Heads) -> float:
-        found = float(objective(treating(scene, treatment, heads)))
+        with in_mode(scene.model, False):
+            found = float(objective(treating(scene, treatment, heads)))
         if math.isnan(found):
             raise ArgumentError("objective", "a number", found)
         return found
@@ -113,7 +115,7 @@ CARD = SearcherCard(
         ),
     ),
     claim=Claim(
-        "a few heads, found one after the other, do what treating whole layers does",
-        "regard evaluate --plan greedy_heads.json --task needle,perplexity",
+        "two heads, found one after the other, undo retrieval as a whole layer does",
+        "regard study few_heads_retrieve",
     ),
 )

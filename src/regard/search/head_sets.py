@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, fields
 from typing import Any
 
 from regard.core.catalog import treatments
 from regard.core.errors import UnsupportedError
+from regard.core.mode import in_mode
 from regard.core.moment import Site
 from regard.core.scene import Scene, chosen
 from regard.core.treatment import Treatment, places_of
@@ -24,6 +25,10 @@ Treated = Callable[[], AbstractContextManager[Any]]
 """Opens a context in which the heads in question are treated."""
 Objective = Callable[[Treated], float]
 """What is to be large; it runs the model inside the context, and outside of it if it compares."""
+SAME = 1e-6
+"""Objectives that differ by less are equal: rounding tells nothing of a head, and a treatment that
+changes nothing may still lead through another kernel.
+"""
 
 
 def every_head(sites: Sequence[Site]) -> Heads:
@@ -43,7 +48,8 @@ def units(sites: Sequence[Site], treatment: Treatment) -> tuple[Heads, ...]:
 
 
 def treating(scene: Scene, treatment: Treatment, heads: Iterable[Head]) -> Treated:
-    """Opens a context in which these heads are treated, in every phase the treatment serves.
+    """Opens a context in which these heads are treated, in every phase the treatment serves, after
+    the steps of the scene's plan.
 
     Raises:
         ArgumentError: heads that the treatment cannot serve, or half of those that share keys.
@@ -58,22 +64,22 @@ def treating(scene: Scene, treatment: Treatment, heads: Iterable[Head]) -> Treat
     for site, mine in by_site.items():
         treatment.check(site, tuple(sorted(mine)))
         check_groups(steps[site.name][0], site)
-    return lambda: scene.host.run(scene.model, steps) if steps else nullcontext()
+    return lambda: scene.run(steps) if steps else scene.planned()
 
 
 def judging(scene: Scene, by: By) -> Objective:
-    """The objective of predicting the scene's passages well."""
+    """The objective of predicting the scene's passages well, without dropout."""
 
     def objective(treated: Treated) -> float:
-        with treated():
+        with in_mode(scene.model, False), treated():
             return judged(scene.model, scene.passages, by)
 
     return objective
 
 
 def plan_of_heads(scene: Scene, treatment: Treatment, heads: Iterable[Head], name: str) -> Plan:
-    """The plan in which these heads are treated; layers of one tower that name the same heads share
-    a step.
+    """The plan in which these heads are treated, without the scene's own; layers of one tower that
+    name the same heads share a step.
 
     Raises:
         UnsupportedError: a treatment that is not of the library, which no plan can name.

@@ -2,15 +2,17 @@ r"""Kronecker influence: how much a training step on a sample lowers the loss on
 
     J(z) = sum_W < (A_W (x) S_W + lam)^{-1} G_ref, G_z >        I(z) = J(z) / mean over ref of J
 
-W: the linear maps of self-attention; G: gradients by W of losses summed over tokens; factors A and
-S (importance/kronecker.py) are means over the reference's real tokens. I is 1 for a sample that
-helps as much as the reference's own sequences do, and below 0 for one that does harm.
+W: the linear maps of self-attention, or of all of its layers; G: gradients by W of losses summed
+over tokens; factors A and S (importance/kronecker.py) are means over the reference's real tokens. I
+is 1 for a sample that helps as much as the reference's own sequences do, and below 0 for one that
+does harm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +24,20 @@ from regard.core.scene import Scene
 from regard.importance.kronecker import Factors, second_moment
 from regard.search.judging import predicted, whole
 
+Maps = Literal["attention", "layers"]
+"""Maps of self-attention alone, or also of what stands beside it in its layers."""
+
 
 class KroneckerInfluence:
     """Influence of samples on a scene's passages, through the linear maps of its self-attention.
 
     Raises:
-        ArgumentError: a scene without passages.
+        ArgumentError: a scene without passages; other maps.
         UnsupportedError: self-attention without linear maps that learn.
     """
 
-    def __init__(self, scene: Scene, damping: float) -> None:
-        self.scene, self.maps = scene, linear_maps(scene)
+    def __init__(self, scene: Scene, damping: float, maps: Maps = "attention") -> None:
+        self.scene, self.maps = scene, linear_maps(scene, maps)
         if not scene.passages:
             raise ArgumentError("passages", "a reference of one or more", 0)
         inputs, outputs, gradients = ({n: torch.zeros(()) for n in self.maps} for _ in range(3))
@@ -78,16 +83,20 @@ def _solved(factors: Factors, gradient: Tensor, damping: float) -> Tensor:
     return factors.solved(gradient, lam) if lam > 0 else torch.zeros_like(gradient).double()
 
 
-def linear_maps(scene: Scene) -> dict[str, nn.Linear]:
-    """The linear maps of the scene's chain of self-attention, by name.
+def linear_maps(scene: Scene, maps: Maps = "attention") -> dict[str, nn.Linear]:
+    """The linear maps of the scene's chain of self-attention, or of its layers, by name.
 
     Raises:
+        ArgumentError: other maps.
         UnsupportedError: there are none, or their weights learn nothing.
     """
+    if maps not in get_args(Maps):
+        raise ArgumentError("maps", f"one of {get_args(Maps)}", maps)
+    layers = [site.name.rpartition(".")[0] or site.name for site in scene.chain]
     found = {
-        f"{site.name}.{name}": module
-        for site in scene.chain
-        for name, module in scene.model.get_submodule(site.name).named_modules()
+        f"{place}.{name}" if name else place: module
+        for place in ([site.name for site in scene.chain] if maps == "attention" else layers)
+        for name, module in scene.model.get_submodule(place).named_modules()
         if isinstance(module, nn.Linear)
     }
     if not found or not all(module.weight.requires_grad for module in found.values()):

@@ -2,8 +2,9 @@ r"""Layer dropping: the sub-layers that turn the residual stream least are left 
 
     S = mean_t cos(x_t, y_t)        x: the stream before the sub-layer, y: after it; largest first
 
-`kind` is attention, mlp, joint (both lists together) or block (attention and mlp of a layer at
-once). In one shot, or one at a time with a new measurement after each (`in_turn`).
+`kind` is attention, mlp, joint (both lists together), block (attention and mlp of a layer at once)
+or stretch (successive blocks, the stream before the first beside that after the last). In one shot,
+or one at a time with a new measurement after each (`in_turn`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from regard.core.passage import Passage
 from regard.core.searcher import SearcherCard
 from regard.plan import Plan
 from regard.plan.resolved import signature
-from regard.recipes.layer_similarity import least_needed
+from regard.recipes.layer_similarity import drop_plan, least_needed, stretch_similarity
 
-Kind = Literal["attention", "mlp", "joint", "block"]
+Kind = Literal["attention", "mlp", "joint", "block", "stretch"]
 
 
 def layer_dropping(
@@ -34,13 +35,19 @@ def layer_dropping(
     attention before mlp, earlier layers first.
 
     Raises:
-        ArgumentError: no passage, another kind, more sub-layers than there are.
+        ArgumentError: no passage, another kind, more sub-layers than there are; a stretch in turn.
         UnsupportedError: blocks that do not add what a sub-layer gives to its input.
     """
     if kind not in get_args(Kind):
         raise ArgumentError("kind", f"one of {get_args(Kind)}", kind)
-    sublayers = ("attention", "mlp") if kind == "joint" else (kind,)
-    plan = least_needed(model, passages, count, sublayers=sublayers, in_turn=in_turn)
+    if kind == "stretch":
+        if in_turn:
+            raise ArgumentError("in_turn", "one shot for a stretch", in_turn)
+        start = int(stretch_similarity(model, passages, count).argmax())
+        plan = drop_plan(tuple(("block", start + i) for i in range(count)))
+    else:
+        sublayers = ("attention", "mlp") if kind == "joint" else (kind,)
+        plan = least_needed(model, passages, count, sublayers=sublayers, in_turn=in_turn)
     return plan.model_copy(update={"made_for": signature(model)})
 
 

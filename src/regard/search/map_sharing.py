@@ -67,6 +67,6 @@ CARD = SearcherCard(
     ),
     claim=Claim(
         "layers chosen for their like maps share one at less loss than others do",
-        "regard evaluate --plan map_sharing.json --task needle,perplexity",
+        "regard study sharing_by_likeness",
     ),
 )

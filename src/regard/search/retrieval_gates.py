@@ -61,7 +61,7 @@ class RetrievalGates:
 
         Raises:
             ArgumentError: a model without causal self-attention, batches that ask nothing.
-            UnsupportedError: a model that is not of transformers.
+            UnsupportedError: a model that is not of transformers; accelerate is missing.
         """
         sinks, recent = self.learned
         training = GateTraining(model, sinks=sinks, recent=recent, blend=self.blend)
@@ -88,6 +88,6 @@ CARD = SearcherCard(
     ),
     claim=Claim(
         "half the key heads need only sinks and recent tokens, and retrieval stays intact",
-        "regard evaluate --plan retrieval_gates.json --task needle,recall",
+        "regard study half_the_heads_stream",
     ),
 )

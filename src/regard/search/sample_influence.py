@@ -4,7 +4,9 @@ them.
     score(x) = (L'(x) - L(x)) / L(x)        L': loss with the retrieval heads attending to all alike
 
 Heads are the top share by retrieval score. Scores are compared within a kind of data alone
-(`domain`), and the top share of each kind is kept.
+(`domain`), and the top share of each kind is kept. A sample with an answer is judged by the answer.
+
+The paper finds the heads by values asked of JSON objects; here any questions do.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from regard.core.searcher import SearcherCard
 from regard.importance.retrieval import Count
 from regard.probes.influence import attention_influence
 from regard.recipes.retrieval_heads import retrieval_scores
+from regard.search.judging import whole
+from regard.search.series import Told
 from regard.tasks.needle import Question
 
 Sample = tuple[int, int]
@@ -56,7 +60,11 @@ class SampleInfluence:
             raise ArgumentError("heads, keep", "shares in (0, 1]", (self.heads, self.keep))
 
     def run(
-        self, model: Any, questions: Iterable[Question], passages: Sequence[Passage]
+        self,
+        model: Any,
+        questions: Iterable[Question],
+        passages: Sequence[Passage],
+        progress: Told | None = None,
     ) -> Influential:
         """Find the heads that retrieve on questions, and score passages by them.
 
@@ -64,19 +72,27 @@ class SampleInfluence:
             ArgumentError: no question that the model answers, or no passage.
         """
         heads = top_heads(retrieval_scores(model, questions, count=self.count), self.heads)
-        return self.by_heads(model, heads, passages)
+        return self.by_heads(model, heads, passages, progress)
 
     def by_heads(
-        self, model: Any, heads: Sequence[tuple[int, int]], passages: Sequence[Passage]
+        self,
+        model: Any,
+        heads: Sequence[tuple[int, int]],
+        passages: Sequence[Passage],
+        progress: Told | None = None,
     ) -> Influential:
         """Score passages by heads (layer, head) that are known."""
         if not passages:
             raise ArgumentError("passages", "one or more", 0)
-        scores = tuple(attention_influence(Scene.of(model, passages), heads))
+        scene, scores = Scene.of(model, [whole(passage) for passage in passages]), []
+        for found in attention_influence(scene, heads):
+            scores.append(found)
+            if progress is not None:
+                progress(len(scores) / len(passages), "scoring samples")
         kept: list[Sample] = []
         for domain in dict.fromkeys(passage.domain for passage in passages):
             kept += self._kept([i for i, p in enumerate(passages) if p.domain == domain], scores)
-        return Influential(tuple(heads), scores, tuple(kept))
+        return Influential(tuple(heads), tuple(scores), tuple(kept))
 
     def _kept(self, numbers: Sequence[int], scores: Sequence[Tensor]) -> list[Sample]:
         """The best samples of one kind of data; equal ones: the earlier."""
@@ -106,5 +122,8 @@ CARD = SearcherCard(
             2025,
         ),
     ),
-    claim=Claim("texts that repeat what they said need the heads that retrieve", "regard atlas"),
+    claim=Claim(
+        "texts that repeat what they said need the heads that retrieve, and not others as much",
+        "regard study repeats_need_retrieval",
+    ),
 )

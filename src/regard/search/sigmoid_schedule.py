@@ -122,6 +122,6 @@ CARD = SearcherCard(
     papers=(Paper("2412.00556", TITLE, 2024),),
     claim=Claim(
         "a falling curve of two numbers beats the same share in all layers",
-        "regard evaluate --plan sigmoid_schedule.json --task needle,perplexity",
+        "regard study fewer_tokens_deeper",
     ),
 )

@@ -18,6 +18,7 @@ from typing import Any
 
 from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError
+from regard.core.mode import in_mode
 from regard.core.passage import Passage
 from regard.core.searcher import SearcherCard
 from regard.plan import Plan, Signature, Step
@@ -67,12 +68,13 @@ def schedule_plan(
 def scored(
     model: Any, passages: Sequence[Passage], treatment: str, options: dict[str, Any] | None = None
 ) -> Score:
-    """The score of a schedule: less the loss of the passages' answers, in nats."""
+    """The score of a schedule: less the loss of the passages' answers, in nats, without dropout."""
     kind = signature(model)
 
     def score(shares: Shares) -> float:
         plan = schedule_plan(treatment, shares, options, made_for=kind)
-        return -mean_loss(model, passages, plan)
+        with in_mode(model, False):
+            return -mean_loss(model, passages, plan)
 
     return score
 
@@ -128,6 +130,6 @@ CARD = SearcherCard(
     papers=(Paper("2412.00556", TITLE, 2024),),
     claim=Claim(
         "deep layers need fewer tokens than shallow ones, and bisection finds how many",
-        "regard evaluate --plan token_schedule.json --task needle,perplexity",
+        "regard study fewer_tokens_deeper",
     ),
 )

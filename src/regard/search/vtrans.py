@@ -89,7 +89,6 @@ class Gating(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Losses by name of keyword arguments of the model's forward."""
         gap = self.expected_ratio() - self.ratio * min(1.0, (self.done + 1) / self.rise)
-        self.done += 1
         information = self.gates.information(self.options.weights)
         return {
             **self._task(batch),

@@ -5,7 +5,8 @@ r"""Initial token: the weight of the first token is scaled by gamma, and rows su
 which is softmax with log gamma added to the scores of the first key, so a fused kernel and a cached
 key will do. gamma above 1 flattens the differences between the other keys, below 1 sharpens them;
 their proportions stay. gamma = 0 hides the first token from every row that sees another one. The
-first *real* token is meant, wherever padding puts it; a head that evicted it is left alone.
+first *real* token is meant, wherever padding puts it; it is content where a model begins sequences
+with no token of its own. A head that evicted it is left alone.
 """
 
 from __future__ import annotations

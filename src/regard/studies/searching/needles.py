@@ -28,7 +28,9 @@ def pocket() -> Any:
 
 
 def questions(length: int, count: int, split: Split, seed: int) -> list[Passage]:
-    """`count` questions of `length` tokens, answers included, as passages with their answers."""
+    """`count` questions as passages with their answers: `length` tokens are read in all, since the
+    last one of an answer is only said.
+    """
     rows = min(ROWS, count)
     drawn = Needle(length, examples=count).questions(split, rows, seed)
     return [question.passage() for question in islice(drawn, -(-count // rows))]
