@@ -415,7 +415,10 @@ def test_the_target_is_reached() -> None:
             300,
             0.4,
             variant="faster",
-            options=Bottleneck(gate_rate=0.1),
+            options=Bottleneck(
+                weights={"heads": 256.0, "units": 1.0, "channels": 1.0, "layers": 1.0},
+                gate_rate=0.1,
+            ),
             watch=lambda _: ratios.append(float(lesson[0].expected_ratio().detach())),
         )
     assert abs(ratios[-1] - 0.4) < 0.01

@@ -169,6 +169,6 @@ CARD = RecipeCard(
     ),
     claim=Claim(
         "taught to, inner layers share one map at little loss",
-        "regard evaluate DIR --plan shared_maps.json --task needle,perplexity",
+        "regard study taught_to_share",
     ),
 )

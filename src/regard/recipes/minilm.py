@@ -81,7 +81,9 @@ def wants_assistant(teacher: Any, student: Any) -> bool:
 
 
 def assistant_of(teacher: Any, student: Any) -> Any:
-    """A new model as deep as the teacher and of the student's kind and width."""
+    """A new model as deep as the teacher and of the student's kind and width, its weights drawn
+    from PyTorch's global generator.
+    """
     fields = copy.deepcopy(student.config.to_dict())
     fields["num_hidden_layers"] = teacher.config.num_hidden_layers
     fields.pop("layer_types", None)
@@ -156,8 +158,9 @@ CARD = RecipeCard(
         ),
     ),
     claim=Claim(
-        "attention and value relations of one layer are enough to teach a narrower student",
-        "regard evaluate DIR --task needle,perplexity",
+        "a narrower student that first learns a layer's attention and value relations copies when"
+        " one trained as long on data alone does not yet",
+        "regard study relations_teach",
     ),
     goldens=(
         Golden("90_minilm.pt", replay, "formula of arXiv 2002.10957, equations 4 to 7", "none"),

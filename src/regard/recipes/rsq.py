@@ -27,7 +27,7 @@ from regard.core.recipe import RecipeCard
 from regard.importance.token_weights import rescaled
 from regard.recipes.gptq import Curvature, Grid, gptq
 from regard.recipes.rotation import rotated
-from regard.recipes.token_importance import KINDS, Importance, received_by, token_importance
+from regard.recipes.token_importance import KINDS, Ends, Importance, received_by, token_importance
 from regard.recipes.training import frozen
 from regard.recipes.walking import Walk, curvature_of
 
@@ -40,7 +40,7 @@ def rsq(
     batches: Sequence[Batch],
     *,
     bits: int = 3,
-    importance: Importance = "attention",
+    importance: Importance | Ends = "attention",
     low: float = 0.005,
     high: float = 1.0,
     symmetric: bool = True,
@@ -55,7 +55,7 @@ def rsq(
         ArgumentError: numbers out of range, or no batch.
         UnsupportedError: blocks of unknown parts, or norms that do not commute with a rotation.
     """
-    if importance not in KINDS:
+    if not isinstance(importance, Ends) and importance not in KINDS:
         raise ArgumentError("importance", f"one of {', '.join(KINDS)}", importance)
     if not batches:
         raise ArgumentError("batches", "one or more", 0)
@@ -106,8 +106,9 @@ CARD = RecipeCard(
         ),
     ),
     claim=Claim(
-        "rotated, and weighted by what others attend to, few bits lose less",
-        "regard evaluate DIR --task needle,perplexity",
+        "in three bits, weights whose errors make up for one another lose less than half of what"
+        " the nearest values lose",
+        "regard study few_bits",
     ),
     goldens=(
         Golden(

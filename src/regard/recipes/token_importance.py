@@ -2,7 +2,7 @@ r"""How much tokens matter to a layer whose weights are rounded, by one of sever
 
     attention    what others attend to: sum_h sum_i A_hij        frequency    - how often it occurs
     norm         |x|        change    |f(x) - x|        unlike    mean_i |x_j - x_i|^2
-    uniform      all alike
+    uniform      all alike        Ends    the first and the last ones, 1 and else 0
 
 x: (N,C) what enters the block f. Padding is given the least of its sequence.
 """
@@ -31,6 +31,23 @@ KINDS: tuple[str, ...] = get_args(Importance)
 Batch = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Ends:
+    """So many first real tokens count, and so many last."""
+
+    first: int
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.first, self.last) < 0 or not self.first + self.last:
+            raise ArgumentError("first, last", "0 or more, one of them above 0", self)
+
+    def importance(self, real: Tensor) -> Tensor:
+        """1 for tokens that count, else 0, of real (B,N)."""
+        before, after = real.cumsum(-1), real.flip(-1).cumsum(-1).flip(-1)
+        return ((before <= self.first) | (after <= self.last)).double()
+
+
 @dataclass(frozen=True, eq=False)
 class Received(Treatment):
     """Changes nothing; leaves in `mass` what each token (B,N) gets from all heads, by site."""
@@ -55,11 +72,17 @@ def received_by(model: Any, batch: Batch) -> dict[str, Tensor]:
 
 
 def token_importance(
-    kind: Importance, walk: Walk, one: BlockLinears, batch: Batch, received: Mapping[str, Tensor]
+    kind: Importance | Ends,
+    walk: Walk,
+    one: BlockLinears,
+    batch: Batch,
+    received: Mapping[str, Tensor],
 ) -> Tensor:
     """How much tokens (B,N) matter to a block that a batch is about to enter."""
     x = walk.state.double()
-    if kind == "attention":
+    if isinstance(kind, Ends):
+        found = kind.importance(walk.real)
+    elif kind == "attention":
         found = received[one.site.name]
     elif kind == "frequency":
         ids = batch["input_ids"].masked_fill(~walk.real, -1)

@@ -52,7 +52,8 @@ def tuned(
         ArgumentError: numbers out of range; batches that are too few, or ask nothing.
         UnsupportedError: accelerate is missing.
     """
-    rate = rate or (RATE if rank is None else LOW_RANK_RATE)
+    if rate is None:
+        rate = RATE if rank is None else LOW_RANK_RATE
     with nullcontext() if rank is None else low_rank(model, rank), in_mode(model, True):
         trained(Tuning(model), batches, steps, rate=rate, watch=watch)
     return model
@@ -64,6 +65,6 @@ CARD = RecipeCard(
     papers=(Paper("2504.21174", "Efficient LLMs with AMP: Attention Heads and MLP Pruning", 2025),),
     claim=Claim(
         "a pruned model that is tuned on gets back most of what it lost",
-        "regard evaluate DIR --task needle,perplexity",
+        "regard study weakest_parts_first",
     ),
 )

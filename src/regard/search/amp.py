@@ -184,7 +184,7 @@ CARD = SearcherCard(
     papers=(Paper("2504.21174", "Efficient LLMs with AMP: Attention Heads and MLP Pruning", 2025),),
     claim=Claim(
         "a model without its weakest heads and units predicts text better than one without as many"
-        " random ones; what it retrieves may suffer more",
-        "regard info amp",
+        " random ones",
+        "regard study weakest_parts_first",
     ),
 )

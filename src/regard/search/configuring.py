@@ -17,25 +17,26 @@ UNIT_FIELDS = ("intermediate_size", "ffn_dim", "n_inner")
 def configured(
     model: Any, changes: Mapping[str, Any], layers: Sequence[int], into: type | None = None
 ) -> Any:
-    """A model's configuration with other numbers, for those of its layers that stay; head_dim stays
-    what it is. into: the class of a model it is meant for.
+    """A model's configuration with other numbers, for those of its layers that stay: what it lists
+    by layer, it lists for these. head_dim stays what it is. into: the class of a model it is meant
+    for.
 
     Raises:
         UnsupportedError: the configuration has no such field, or refuses the numbers.
     """
     config = model.config
+    depth = config.num_hidden_layers
     fields = copy.deepcopy(config.to_dict())
     fields.pop("model_type", None)
     fields.pop("architectures", None)
     for name, value in changes.items():
         fields[_field(config, name)] = value
-    if "num_attention_heads" in changes:
+    if {"num_attention_heads", "hidden_size"} & set(changes):
         heads = config.num_attention_heads
         fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
-    elif "hidden_size" in changes:
-        fields["head_dim"] = config.head_dim
-    if isinstance(fields.get("layer_types"), list):
-        fields["layer_types"] = [fields["layer_types"][layer] for layer in layers]
+    for name, value in fields.items():
+        if "layer" in name and isinstance(value, list) and len(value) == depth:
+            fields[name] = [value[layer] for layer in layers]
     kind: Any = type(config) if into is None else into.config_class  # type: ignore[attr-defined]
     if kind is not type(config) and "sliding_window" not in fields:
         fields["sliding_window"] = None  # else a class that has one would take its default
