@@ -1,4 +1,4 @@
-"""`regard fit` and `regard.fit`: budgets kept, resumed, refused, and the page that shows them."""
+"""`regard fit` and `regard.search`: budgets kept, resumed, refused; the page that shows them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from regard.core.errors import ArgumentError, RegardError, UnsupportedError
 from regard.core.passage import Passage
 from regard.plan import Plan, PlanError, Step
 from regard.report.fit import fit_html
-from regard.search.fitting import Fitted, decoder_sites, fitted, sensitivity
-from regard.search.prices import prices
-from regard.search.refining import Company, concentrated, refined
-from regard.search.rules import Rule, groups_of, ladder
+from regard.searchers.fitting import Fitted, decoder_sites, fitted, sensitivity
+from regard.searchers.prices import prices
+from regard.searchers.refining import Company, concentrated, refined
+from regard.searchers.rules import Rule, groups_of, ladder
 from regard.tasks.needle import Needle
 from regard.testing.tiny import SHAPE, prompt, tiny_decoder, tiny_encoder
 
@@ -70,14 +70,14 @@ def same(one: Fitted, other: Fitted) -> bool:
     )  # fmt: skip
 
 
-# regard.fit
+# regard.search
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.5, 0.8])
 def test_the_cache_holds_what_the_budget_allows(
     budget: float, model: Any, passages: tuple[Passage, ...]
 ) -> None:
-    found = regard.fit(model, passages, budget, shares=SHARES, rounds=1)
+    found = regard.search(model, passages, budget, shares=SHARES, rounds=1)
     assert found.cost <= budget
     for passage in passages:
         with found.plan.applied(model) as run, torch.no_grad():
@@ -115,7 +115,9 @@ def test_a_larger_budget_is_never_worse(model: Any, passages: tuple[Passage, ...
 
 def test_losses_are_those_of_the_whole_sequence(model: Any, passages: tuple[Passage, ...]) -> None:
     """With all of the cache, what is measured is the loss of one forward."""
-    found = regard.fit(model, passages[:1], 1.0, shares=(0.5, 1.0), rounds=0, known=(known := {}))
+    found = regard.search(
+        model, passages[:1], 1.0, shares=(0.5, 1.0), rounds=0, known=(known := {})
+    )
     assert found.plan.steps == ()
     ids, answer = passages[0].inputs["input_ids"], passages[0].answer
     assert answer is not None
@@ -126,7 +128,7 @@ def test_losses_are_those_of_the_whole_sequence(model: Any, passages: tuple[Pass
 
 
 def test_the_same_seedless_search_twice(model: Any, passages: tuple[Passage, ...]) -> None:
-    one, other = (regard.fit(model, passages, 0.4, shares=SHARES, rounds=1) for _ in range(2))
+    one, other = (regard.search(model, passages, 0.4, shares=SHARES, rounds=1) for _ in range(2))
     assert same(one, other)
     assert one.plan.steps
 
@@ -139,17 +141,17 @@ def test_padding_before_a_prompt_changes_nothing(model: Any, passages: tuple[Pas
         inputs = {"input_ids": ids, "attention_mask": real}
         padded.append(Passage(inputs, tokens=ids, answer=passage.answer))
     bare, known = {}, {}
-    one = regard.fit(model, passages, 0.4, shares=SHARES, rounds=0, known=bare)
-    other = regard.fit(model, padded, 0.4, shares=SHARES, rounds=0, known=known)
+    one = regard.search(model, passages, 0.4, shares=SHARES, rounds=0, known=bare)
+    other = regard.search(model, padded, 0.4, shares=SHARES, rounds=0, known=known)
     assert one.plan == other.plan
     assert known == pytest.approx(bare, rel=1e-5, abs=1e-6)
     with pytest.raises(ArgumentError, match="budget"):  # five of 45 tokens are more, of 52 less
-        regard.fit(model, padded, 5 / 48, shares=(1 / 16, 1.0))
+        regard.search(model, padded, 5 / 48, shares=(1 / 16, 1.0))
     ids = F.pad(passages[0].inputs["input_ids"], (0, 7), value=5)
     mask = F.pad(torch.ones_like(passages[0].inputs["input_ids"]), (0, 7))
     wrong = Passage({"input_ids": ids, "attention_mask": mask}, ids, answer=passages[0].answer)
     with pytest.raises(UnsupportedError, match="padded at its end"):
-        regard.fit(model, [wrong], 0.4)
+        regard.search(model, [wrong], 0.4)
 
 
 def test_an_interrupted_search_goes_on(model: Any, passages: tuple[Passage, ...]) -> None:
@@ -166,11 +168,11 @@ def test_an_interrupted_search_goes_on(model: Any, passages: tuple[Passage, ...]
 
     known = Counted()
     with pytest.raises(KeyboardInterrupt):
-        regard.fit(model, passages, 0.4, shares=SHARES, rounds=1, known=known, progress=stopping)
+        regard.search(model, passages, 0.4, shares=SHARES, rounds=1, known=known, progress=stopping)
     assert len(known) == Counted.added == 5
-    found = regard.fit(model, passages, 0.4, shares=SHARES, rounds=1, known=known)
+    found = regard.search(model, passages, 0.4, shares=SHARES, rounds=1, known=known)
     assert len(known) == Counted.added, "nothing is measured twice"
-    assert same(found, regard.fit(model, passages, 0.4, shares=SHARES, rounds=1))
+    assert same(found, regard.search(model, passages, 0.4, shares=SHARES, rounds=1))
 
 
 def test_the_model_is_as_before(model: Any, passages: tuple[Passage, ...]) -> None:
@@ -181,7 +183,7 @@ def test_the_model_is_as_before(model: Any, passages: tuple[Passage, ...]) -> No
         modes.append(model.training)
 
     model.train()
-    regard.fit(model, passages[:1], 0.5, shares=(0.25, 1.0), rounds=0, progress=told)
+    regard.search(model, passages[:1], 0.5, shares=(0.25, 1.0), rounds=0, progress=told)
     assert model.training
     model.eval()
     assert modes
@@ -196,11 +198,11 @@ def test_a_budget_that_cannot_be_met_says_which_can(
     known: dict[str, float] = {}
     shares = (1 / 16, 1 / 2, 1.0)
     with pytest.raises(ArgumentError, match="budget: expected a part of") as error:
-        regard.fit(model, passages, 0.01, shares=shares, known=known)
+        regard.search(model, passages, 0.01, shares=shares, known=known)
     assert known == {}, "it is refused before anything is measured"
     least = float(re.search(r"part of ([\d.]+) to 1", str(error.value))[1])  # type: ignore[index]
     assert least == pytest.approx(5 / LENGTH, abs=1e-4)  # four sinks and the newest token
-    assert regard.fit(model, passages, least, shares=shares, rounds=0).cost <= least
+    assert regard.search(model, passages, least, shares=shares, rounds=0).cost <= least
 
 
 @pytest.mark.parametrize("unit", ["tokens", "flops", "latency"])
@@ -212,11 +214,11 @@ def test_other_units(
             cache = tiny(ids, use_cache=True).past_key_values
         return 1.0 + cache.layers[0].keys.shape[2] / ids.shape[1]  # half of it by the keys held
 
-    monkeypatch.setattr("regard.search.pacing.decoding_pace", pace)
-    found = regard.fit(model, passages, 0.9, unit=unit, shares=SHARES, rounds=0)
+    monkeypatch.setattr("regard.searchers.pacing.decoding_pace", pace)
+    found = regard.search(model, passages, 0.9, unit=unit, shares=SHARES, rounds=0)
     assert 0 < found.cost <= 0.9
     with pytest.raises(ArgumentError, match="budget: expected a part of") as error:
-        regard.fit(model, passages, 0.05, unit=unit, shares=SHARES)
+        regard.search(model, passages, 0.05, unit=unit, shares=SHARES)
     least = float(re.search(r"part of ([\d.]+) to 1", str(error.value))[1])  # type: ignore[index]
     bounds = {"tokens": (0.1, 0.13), "flops": (0.5, 0.99), "latency": (0.5, 0.6)}
     assert bounds[unit][0] < least < bounds[unit][1]
@@ -225,19 +227,19 @@ def test_other_units(
 def test_bad_input_is_refused(model: Any, passages: tuple[Passage, ...]) -> None:
     ids = passages[0].inputs["input_ids"]
     with pytest.raises(ArgumentError, match="passages: expected at least one"):
-        regard.fit(model, [])
+        regard.search(model, [])
     with pytest.raises(ArgumentError, match="unit: expected one of bytes"):
-        regard.fit(model, passages, unit="bits")  # type: ignore[arg-type]
+        regard.search(model, passages, unit="bits")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="input_ids"):
-        regard.fit(model, [Passage({"inputs_embeds": torch.zeros(1, 9, 32)})])
+        regard.search(model, [Passage({"inputs_embeds": torch.zeros(1, 9, 32)})])
     with pytest.raises(UnsupportedError, match="no answer"):
-        regard.fit(model, [Passage({"input_ids": ids}, tokens=ids)])
+        regard.search(model, [Passage({"input_ids": ids}, tokens=ids)])
     with pytest.raises(ArgumentError, match="a decoder"):
-        regard.fit(tiny_encoder(), passages)
+        regard.search(tiny_encoder(), passages)
 
 
 def test_a_plan_is_refused_by_another_model(model: Any, passages: tuple[Passage, ...]) -> None:
-    found = regard.fit(model, passages[:1], 0.5, shares=(0.25, 1.0), rounds=0)
+    found = regard.search(model, passages[:1], 0.5, shares=(0.25, 1.0), rounds=0)
     config = transformers.LlamaConfig(**{**SHAPE, "num_hidden_layers": 2}, num_key_value_heads=2)
     with (
         pytest.raises(PlanError, match="made_for"),
@@ -315,7 +317,7 @@ def test_an_interrupted_fit_measures_only_what_is_missing(
     done: tuple[Fit, Path], able: None, subject: Subject, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from regard.search import answering
+    from regard.searchers import answering
 
     measured: list[Any] = []
 
@@ -324,7 +326,7 @@ def test_an_interrupted_fit_measures_only_what_is_missing(
         return answering.mean_loss(*given)
 
     for place in ("fitting", "refining"):
-        monkeypatch.setattr(f"regard.search.{place}.mean_loss", counting)
+        monkeypatch.setattr(f"regard.searchers.{place}.mean_loss", counting)
 
     def stopping(moment: Progress) -> None:
         if len(measured) == 4:
@@ -487,7 +489,7 @@ def test_unknown_records_are_refused(done: tuple[Fit, Path]) -> None:
 def test_a_quarter_of_the_bytes_keeps_the_needle_where_uniform_does_not(seed: int) -> None:
     """So many questions that one more or less does not decide."""
     model, exam = load("pocket").model, SymbolFacts(Needle(1024, examples=384), seed)
-    found = regard.fit(model, lessons(exam, 48), 0.25)
+    found = regard.search(model, lessons(exam, 48), 0.25)
     even = Step(treatment="stream", options={"sinks": 4, "budget": 0.25}, layers="all")
     plans = (None, found.plan, Plan(steps=(even,)))
     dense, plan, uniform = (exam.score(model, plan).value or 0.0 for plan in plans)
@@ -502,7 +504,7 @@ def test_a_quarter_of_the_bytes_keeps_the_needle_where_uniform_does_not(seed: in
 def test_questions_after_the_prompt_are_answered_where_no_uniform_plan_can(seed: int) -> None:
     """Nobody can vote for what is not asked yet."""
     model, exam = load("pocket").model, SymbolFacts(Needle(1024, examples=96), seed, later=True)
-    found = regard.fit(model, lessons(exam, 48), 0.3)
+    found = regard.search(model, lessons(exam, 48), 0.3)
     assert found.cost <= 0.3
     uniform = (("stream", {"sinks": 4}), ("stream", {"sinks": 0}), ("snapkv", {"window": 8}))
     plans = [Plan(steps=(Step(treatment=t, options={**o, "budget": 0.3}),)) for t, o in uniform]

@@ -42,11 +42,11 @@ ALLOWED: dict[str, set[str]] = {
         "recipes",
         "plan",
         "pocket",
-        "search",
+        "searchers",
     },
     "atlases": {"core"},
     "plan": {"core"},
-    "search": {
+    "searchers": {
         "core",
         *PARTS,
         "plan",
@@ -81,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
         "plan",
         "pocket",
         "report",
-        "search",
+        "searchers",
         "atlases",
     },
     "testing": {"core", *PARTS, "operators", "layers", "build", "plan"},

@@ -23,7 +23,7 @@ from regard.recipes.echo_att import echo_att
 from regard.recipes.minilm import minilm
 from regard.recipes.training import Progress, own_batches, trained
 from regard.recipes.tuning import Tuning, tuned
-from regard.search.vtrans import Bottleneck, Gating, vtrans
+from regard.searchers.vtrans import Bottleneck, Gating, vtrans
 from regard.testing.tiny import prompt, tiny_decoder
 
 RATE = 1e-3

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regard.core.errors import ArgumentError
-from regard.search.rules import Group, Rule, ladder, plan_of
-from regard.search.solver import Numbers, front, solve
+from regard.searchers.rules import Group, Rule, ladder, plan_of
+from regard.searchers.solver import Numbers, front, solve
 
 
 def exhaustive(losses: Numbers, costs: Numbers, budgets: Numbers) -> float:

@@ -14,12 +14,12 @@ from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.passage import Passage
 from regard.core.scene import LAST, Scene, chosen
 from regard.plan import Plan, Step
-from regard.search.calibration_sets import CalibrationSets
-from regard.search.greedy_heads import greedy_heads
-from regard.search.head_sets import SAME, Treated, judging, treating
-from regard.search.judging import judged
-from regard.search.token_schedule import scored
-from regard.search.zero_tuning import ZeroTuning
+from regard.searchers.calibration_sets import CalibrationSets
+from regard.searchers.greedy_heads import greedy_heads
+from regard.searchers.head_sets import SAME, Treated, judging, treating
+from regard.searchers.judging import judged
+from regard.searchers.token_schedule import scored
+from regard.searchers.zero_tuning import ZeroTuning
 from regard.studies.searching.fewer_tokens_deeper import FewerTokensDeeper, judge
 from regard.studies.searching.first_token_by_head import apart
 from regard.studies.searching.texts import texts

@@ -18,11 +18,11 @@ from regard.recipes.losses import of_task, soft_loss
 from regard.recipes.rsq import rsq
 from regard.recipes.token_importance import Ends
 from regard.recipes.tuning import tuned
-from regard.search.amp import sizes
-from regard.search.information_gates import multiplied
-from regard.search.judging import judged
-from regard.search.slimming import Kept, everything, parameters_of, slim
-from regard.search.vtrans import Bottleneck, Gating, vtrans
+from regard.searchers.amp import sizes
+from regard.searchers.information_gates import multiplied
+from regard.searchers.judging import judged
+from regard.searchers.slimming import Kept, everything, parameters_of, slim
+from regard.searchers.vtrans import Bottleneck, Gating, vtrans
 from regard.studies.searching.needles import pocket, questions
 from regard.studies.searching.random_parts import random_models
 from regard.tasks.text import Text

@@ -15,10 +15,10 @@ from regard.core.errors import ArgumentError
 from regard.core.passage import Passage
 from regard.core.scene import Scene
 from regard.recipes.retrieval_heads import silencing_plan
-from regard.search.diverse_influence import DiverseInfluence
-from regard.search.judging import judged
-from regard.search.kronecker_influence import KroneckerInfluence, linear_maps
-from regard.search.sample_influence import SampleInfluence
+from regard.searchers.diverse_influence import DiverseInfluence
+from regard.searchers.judging import judged
+from regard.searchers.kronecker_influence import KroneckerInfluence, linear_maps
+from regard.searchers.sample_influence import SampleInfluence
 from regard.studies.searching.diverse_samples import KINDS, DiverseSamples, rewritten
 from regard.studies.searching.repeats_need_retrieval import RepeatsNeedRetrieval, told_apart
 from regard.tasks.vocabulary import FIRST_SYMBOL

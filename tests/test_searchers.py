@@ -28,28 +28,28 @@ from regard.importance.layer_similarity import Drops
 from regard.lenses.gradient_attention import gradient_attention
 from regard.plan import Plan, PlanError, Step
 from regard.recipes.layer_similarity import drop_plan, stretch_similarity
-from regard.search.answering import mean_loss
-from regard.search.bandit import ClusterBandit, clustered
-from regard.search.calibration_sets import CalibrationSets
-from regard.search.diverse_influence import DiverseInfluence
-from regard.search.elastic_rules import elastic_rules, span_effects, span_losses
-from regard.search.elastic_spans import ElasticSpans
-from regard.search.fitting import decoder_sites
-from regard.search.greedy_heads import greedy_heads
-from regard.search.head_sets import Objective, Treated, every_head, judging, treating
-from regard.search.judging import judged, predicted, whole
-from regard.search.kronecker_influence import KroneckerInfluence
-from regard.search.layer_dropping import layer_dropping
-from regard.search.map_sharing import map_sharing
-from regard.search.own_answers import own_answers
-from regard.search.pareto import pareto
-from regard.search.retrieval_gates import RetrievalGates
-from regard.search.rules import Rule
-from regard.search.sample_influence import SampleInfluence, top_heads
-from regard.search.sigmoid_schedule import LEAST, sigmoid_shares, tuned_schedule
-from regard.search.solver import front
-from regard.search.token_schedule import greedy_schedule, schedule_plan, scored
-from regard.search.zero_tuning import ZeroTuning
+from regard.searchers.answering import mean_loss
+from regard.searchers.bandit import ClusterBandit, clustered
+from regard.searchers.calibration_sets import CalibrationSets
+from regard.searchers.diverse_influence import DiverseInfluence
+from regard.searchers.elastic_rules import elastic_rules, span_effects, span_losses
+from regard.searchers.elastic_spans import ElasticSpans
+from regard.searchers.fitting import decoder_sites
+from regard.searchers.greedy_heads import greedy_heads
+from regard.searchers.head_sets import Objective, Treated, every_head, judging, treating
+from regard.searchers.judging import judged, predicted, whole
+from regard.searchers.kronecker_influence import KroneckerInfluence
+from regard.searchers.layer_dropping import layer_dropping
+from regard.searchers.map_sharing import map_sharing
+from regard.searchers.own_answers import own_answers
+from regard.searchers.pareto import pareto
+from regard.searchers.retrieval_gates import RetrievalGates
+from regard.searchers.rules import Rule
+from regard.searchers.sample_influence import SampleInfluence, top_heads
+from regard.searchers.sigmoid_schedule import LEAST, sigmoid_shares, tuned_schedule
+from regard.searchers.solver import front
+from regard.searchers.token_schedule import greedy_schedule, schedule_plan, scored
+from regard.searchers.zero_tuning import ZeroTuning
 from regard.tasks.induction import Induction
 from regard.tasks.needle import Needle
 from regard.tasks.task import IGNORED, Batch

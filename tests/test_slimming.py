@@ -27,13 +27,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.linears import blocks_of, root_mean_square, weight_of
-from regard.search.amp import amp, sizes
-from regard.search.configuring import admits
-from regard.search.gate_costs import costs_of, everything_of
-from regard.search.information_gates import FAMILIES, Factors, InformationGates, multiplied
-from regard.search.settling import folded, settled
-from regard.search.slimming import Kept, everything, parameters_of, slim
-from regard.search.vtrans import Bottleneck, Gating, vtrans
+from regard.searchers.amp import amp, sizes
+from regard.searchers.configuring import admits
+from regard.searchers.gate_costs import costs_of, everything_of
+from regard.searchers.information_gates import FAMILIES, Factors, InformationGates, multiplied
+from regard.searchers.settling import folded, settled
+from regard.searchers.slimming import Kept, everything, parameters_of, slim
+from regard.searchers.vtrans import Bottleneck, Gating, vtrans
 from regard.testing.tiny import SHAPE, prompt, tiny_decoder, tiny_encoder
 
 IDS = prompt(14, batch=2)

@@ -23,9 +23,9 @@ from regard.bench.training import run_trial
 from regard.bench.trial import Budget, Network
 from regard.cli.main import app
 from regard.core.errors import ArgumentError, UnknownNameError
-from regard.search.architectures import Architectures, Choice
-from regard.search.exploring import Explored, Method, explore, ranker
-from regard.search.supernet import Supernet, joined, path_loss
+from regard.searchers.architectures import Architectures, Choice
+from regard.searchers.exploring import Explored, Method, explore, ranker
+from regard.searchers.supernet import Supernet, joined, path_loss
 from regard.tasks.catalog import task
 
 METHODS: tuple[Method, ...] = ("random", "evolution", "ranking")

@@ -25,7 +25,7 @@ _HOMES = {
     "cards": "regard.core.catalog",
     "create": "regard.build",
     "explain": "regard.core.scored",
-    "fit": "regard.search.verb",
+    "search": "regard.searchers.verb",
     "merge": "regard.core.merge",
     "treatment": "regard.core.catalog",
     "treatment_cards": "regard.core.catalog:treatments",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from regard.masks.sinks import Sinks as Sinks
     from regard.masks.window import Window as Window
     from regard.plan import Plan as Plan
-    from regard.search.verb import fit as fit
+    from regard.searchers.verb import search as search
 
 
 _ROOMS = ("pocket",)

@@ -10,7 +10,7 @@ from regard.atlases.survey import atlas
 from regard.bench.fitting import Assigned
 from regard.bench.subject import Subject
 from regard.core.passage import Passage
-from regard.search.fitting import Fitted, Sensitivity, decoder_sites
+from regard.searchers.fitting import Fitted, Sensitivity, decoder_sites
 
 METRICS = ("induction", "sink_first", "local", "previous_token")
 """Of the atlas, to tell what a key head's queries do."""

@@ -19,11 +19,11 @@ from regard.bench.subject import Subject
 from regard.bench.sweep import Progress, Watch
 from regard.core.errors import ArgumentError
 from regard.plan import Plan
-from regard.search.fitting import Fitted, Sensitivity, decoder_sites, fitted, sensitivity
-from regard.search.pacing import paces
-from regard.search.prices import Prices, prices
-from regard.search.refining import Company, refined
-from regard.search.rules import RuleName, groups_of, ladder, plan_of, rule_of
+from regard.searchers.fitting import Fitted, Sensitivity, decoder_sites, fitted, sensitivity
+from regard.searchers.pacing import paces
+from regard.searchers.prices import Prices, prices
+from regard.searchers.refining import Company, refined
+from regard.searchers.rules import RuleName, groups_of, ladder, plan_of, rule_of
 
 
 def fit(

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from regard.bench.evaluation import Evaluation, Task
 from regard.bench.record import Record, digest, read_record, write_json
 from regard.core.errors import ArgumentError
-from regard.search.rules import SHARES, RuleName, Unit, ladder
+from regard.searchers.rules import SHARES, RuleName, Unit, ladder
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 

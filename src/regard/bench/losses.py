@@ -15,8 +15,8 @@ from regard.bench.lessons import lessons
 from regard.bench.subject import Subject
 from regard.core.passage import Passage
 from regard.plan import Plan
-from regard.search.answering import mean_loss
-from regard.search.series import Series, Told
+from regard.searchers.answering import mean_loss
+from regard.searchers.series import Series, Told
 
 
 def inquiry_of(config: FitConfig, plans: Iterable[Named] = ()) -> Inquiry:

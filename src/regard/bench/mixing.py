@@ -18,8 +18,8 @@ from regard.bench.study import Study
 from regard.bench.trial import STEPS, Network
 from regard.core.count import count_flops
 from regard.core.errors import ArgumentError
-from regard.search.series import Told
-from regard.search.supernet import Candidate, Supernet
+from regard.searchers.series import Told
+from regard.searchers.supernet import Candidate, Supernet
 from regard.tasks.catalog import task as task_named
 from regard.tasks.task import Batch, Task
 

@@ -23,7 +23,7 @@ TREATMENTS = "regard.treatments"
 PROBES = "regard.probes"
 STUDIES = "regard.studies"
 LENSES = "regard.lenses"
-SEARCHERS = "regard.search"
+SEARCHERS = "regard.searchers"
 RECIPES = "regard.recipes"
 AnyCard = TypeVar(
     "AnyCard", Card, TreatmentCard, ProbeCard, StudyCard, LensCard, SearcherCard, RecipeCard

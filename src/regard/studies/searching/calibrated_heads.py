@@ -19,8 +19,8 @@ from regard.core.card import Claim, Paper
 from regard.core.scene import Scene
 from regard.core.study import Curve, Figure, Map, Outcome, Progress, StudyCard
 from regard.lenses.agreement import spearman
-from regard.search.calibration_sets import CalibrationSets
-from regard.search.head_sets import every_head, judging, treating
+from regard.searchers.calibration_sets import CalibrationSets
+from regard.searchers.head_sets import every_head, judging, treating
 from regard.studies.searching.needles import pocket
 from regard.studies.searching.texts import texts
 

@@ -27,10 +27,10 @@ from regard.core.passage import Passage
 from regard.core.scene import Scene
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.recipes.tuning import tuned
-from regard.search.bandit import clustered
-from regard.search.diverse_influence import DiverseInfluence
-from regard.search.judging import judged
-from regard.search.kronecker_influence import KroneckerInfluence
+from regard.searchers.bandit import clustered
+from regard.searchers.diverse_influence import DiverseInfluence
+from regard.searchers.judging import judged
+from regard.searchers.kronecker_influence import KroneckerInfluence
 from regard.studies.searching.needles import pocket
 from regard.tasks.text import Text
 

@@ -19,7 +19,7 @@ from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.plan import Plan
 from regard.recipes.layer_similarity import drop_plan
-from regard.search.layer_dropping import layer_dropping
+from regard.searchers.layer_dropping import layer_dropping
 from regard.studies.searching.needles import pocket, questions, scores
 
 

@@ -17,8 +17,8 @@ from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError
 from regard.core.scene import Scene
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
-from regard.search.greedy_heads import greedy_heads
-from regard.search.head_sets import Heads, Treated, every_head, judging, treating
+from regard.searchers.greedy_heads import greedy_heads
+from regard.searchers.head_sets import Heads, Treated, every_head, judging, treating
 from regard.studies.searching.needles import pocket, questions
 from regard.treatments.uniform_heads import UniformHeads
 

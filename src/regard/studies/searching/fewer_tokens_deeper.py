@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
-from regard.search.sigmoid_schedule import tuned_schedule
-from regard.search.token_schedule import TITLE, Score, Shares, greedy_schedule, scored
+from regard.searchers.sigmoid_schedule import tuned_schedule
+from regard.searchers.token_schedule import TITLE, Score, Shares, greedy_schedule, scored
 from regard.studies.searching.needles import pocket, questions
 
 OPTIONS = {"window": 4, "kernel": 1}

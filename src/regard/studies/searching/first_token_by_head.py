@@ -19,9 +19,9 @@ import numpy as np
 from regard.core.card import Claim, Paper
 from regard.core.scene import Scene
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
-from regard.search.head_sets import Head, Heads, every_head, judging, treating
-from regard.search.judging import By
-from regard.search.zero_tuning import ZeroTuned, ZeroTuning
+from regard.searchers.head_sets import Head, Heads, every_head, judging, treating
+from regard.searchers.judging import By
+from regard.searchers.zero_tuning import ZeroTuned, ZeroTuning
 from regard.studies.searching.needles import pocket
 from regard.studies.searching.texts import texts
 from regard.treatments.initial_token import InitialToken

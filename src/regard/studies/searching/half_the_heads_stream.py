@@ -23,7 +23,7 @@ from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Map, Outcome, Progress, StudyCard
 from regard.plan import Plan
 from regard.recipes.duo_plan import plan_from_gates
-from regard.search.retrieval_gates import RetrievalGates
+from regard.searchers.retrieval_gates import RetrievalGates
 from regard.studies.searching.needles import pocket, questions, scores
 from regard.tasks.needle import Needle
 

@@ -9,8 +9,8 @@ from typing import Any
 from regard.core.passage import Passage
 from regard.plan import Plan
 from regard.pocket import language
-from regard.search.answering import mean_loss
-from regard.search.judging import By, judged
+from regard.searchers.answering import mean_loss
+from regard.searchers.judging import By, judged
 from regard.tasks.needle import Needle
 from regard.tasks.task import Split
 

@@ -22,9 +22,9 @@ from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.recipes.losses import of_task
-from regard.search.judging import judged
-from regard.search.slimming import Pruned
-from regard.search.vtrans import Bottleneck, Variant, vtrans
+from regard.searchers.judging import judged
+from regard.searchers.slimming import Pruned
+from regard.searchers.vtrans import Bottleneck, Variant, vtrans
 from regard.studies.searching.needles import pocket
 from regard.studies.searching.random_parts import random_models
 from regard.studies.searching.texts import texts

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from regard.core.linears import blocks_of
-from regard.search.slimming import Indices, Kept, slim
+from regard.searchers.slimming import Indices, Kept, slim
 
 
 def random_models(model: Any, like: Kept, count: int, seed: int) -> Iterator[Any]:

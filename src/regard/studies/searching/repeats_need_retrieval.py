@@ -25,7 +25,7 @@ from regard.core.errors import ArgumentError
 from regard.core.passage import Passage
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.recipes.retrieval_heads import retrieval_scores
-from regard.search.sample_influence import Influential, SampleInfluence, top_heads
+from regard.searchers.sample_influence import Influential, SampleInfluence, top_heads
 from regard.studies.searching.needles import ROWS, pocket
 from regard.tasks.induction import Induction
 from regard.tasks.needle import Needle

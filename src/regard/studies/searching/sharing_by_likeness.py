@@ -31,7 +31,7 @@ from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.importance.map_similarity import head_similarity
 from regard.plan import Plan, Step
 from regard.probes.map_similarity import maps_of
-from regard.search.map_sharing import map_sharing
+from regard.searchers.map_sharing import map_sharing
 from regard.studies.searching.needles import pocket, scores
 from regard.studies.searching.texts import texts
 

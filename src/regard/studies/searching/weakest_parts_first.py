@@ -21,8 +21,8 @@ from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.recipes.losses import of_task
 from regard.recipes.tuning import tuned
-from regard.search.amp import amp
-from regard.search.judging import judged
+from regard.searchers.amp import amp
+from regard.searchers.judging import judged
 from regard.studies.searching.needles import pocket, questions
 from regard.studies.searching.random_parts import random_models
 from regard.studies.searching.texts import texts

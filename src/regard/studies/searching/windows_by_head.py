@@ -21,10 +21,10 @@ from regard.core.errors import ArgumentError
 from regard.core.passage import Passage
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.plan import Plan, Step
-from regard.search.elastic_spans import ElasticSpans
-from regard.search.fitting import decoder_sites
-from regard.search.own_answers import own_answers
-from regard.search.rules import Group, groups_of
+from regard.searchers.elastic_spans import ElasticSpans
+from regard.searchers.fitting import decoder_sites
+from regard.searchers.own_answers import own_answers
+from regard.searchers.rules import Group, groups_of
 from regard.studies.searching.needles import pocket, questions, scores
 from regard.tasks.task import Split
 

@@ -22,7 +22,7 @@ from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.passage import Passage
 from regard.core.scene import Scene
 from regard.importance.kronecker import Factors, second_moment
-from regard.search.judging import predicted, whole
+from regard.searchers.judging import predicted, whole
 
 Maps = Literal["attention", "layers"]
 """Maps of self-attention alone, or also of what stands beside it in its layers."""

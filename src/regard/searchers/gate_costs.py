@@ -18,8 +18,8 @@ from torch import Tensor
 from regard.core.errors import ArgumentError
 from regard.core.hosting import host_of
 from regard.core.linears import BlockLinears, sides
-from regard.search.information_gates import Factors
-from regard.search.slimming import parameters_of
+from regard.searchers.information_gates import Factors
+from regard.searchers.slimming import parameters_of
 
 Measure = Literal["parameters", "flops"]
 

@@ -26,8 +26,8 @@ from regard.core.searcher import SearcherCard
 from regard.importance.retrieval import Count
 from regard.probes.influence import attention_influence
 from regard.recipes.retrieval_heads import retrieval_scores
-from regard.search.judging import whole
-from regard.search.series import Told
+from regard.searchers.judging import whole
+from regard.searchers.series import Told
 from regard.tasks.needle import Question
 
 Sample = tuple[int, int]

@@ -34,10 +34,10 @@ from regard.core.mode import in_mode
 from regard.core.searcher import SearcherCard
 from regard.recipes.losses import hard_loss, inputs_of, real_of, soft_loss, state_loss
 from regard.recipes.training import Batches, Watch, frozen, trained
-from regard.search.gate_costs import Measure, costs_of, everything_of
-from regard.search.information_gates import FAMILIES, InformationGates, multiplied
-from regard.search.settling import folded, settled
-from regard.search.slimming import Pruned, parameters_of, pruned
+from regard.searchers.gate_costs import Measure, costs_of, everything_of
+from regard.searchers.information_gates import FAMILIES, InformationGates, multiplied
+from regard.searchers.settling import folded, settled
+from regard.searchers.slimming import Pruned, parameters_of, pruned
 
 Variant = Literal["full", "fast", "faster"]
 SHARE = 0.03  # of the data that the fast variants see

@@ -16,7 +16,7 @@ from regard.core.treatment import Treatment, places_of
 from regard.plan import Plan, Step
 from regard.plan.choice import check_groups
 from regard.plan.resolved import signature
-from regard.search.judging import By, judged
+from regard.searchers.judging import By, judged
 
 Head = tuple[Site, int]
 """A query head of an attention module."""

@@ -1,4 +1,4 @@
-"""`regard.fit`: from a model, a budget and one's own passages to a plan."""
+"""`regard.search`: from a model, a budget and one's own passages to a plan."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from regard.core.errors import ArgumentError
 from regard.core.mode import in_mode
 from regard.core.passage import Passage, passage_of
-from regard.search.fitting import Fitted, decoder_sites, fitted, sensitivity
-from regard.search.pacing import paces
-from regard.search.prices import prices
-from regard.search.refining import Company, refined
-from regard.search.rules import SHARES, RuleName, Unit, groups_of, ladder
-from regard.search.series import Told
+from regard.searchers.fitting import Fitted, decoder_sites, fitted, sensitivity
+from regard.searchers.pacing import paces
+from regard.searchers.prices import prices
+from regard.searchers.refining import Company, refined
+from regard.searchers.rules import SHARES, RuleName, Unit, groups_of, ladder
+from regard.searchers.series import Told
 
 
-def fit(
+def search(
     model: Any,
     passages: Sequence[Passage],
     budget: float = 0.25,

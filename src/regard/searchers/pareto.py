@@ -2,8 +2,8 @@ r"""Several losses at once: the choices that no other beats, by bounding all los
 
     minimise  sum_g L[0, g, x_g]    so that    sum_g L[p, g, x_g] <= e[p]  for every p > 0
 
-over a grid of bounds e, within the budgets of `regard.search.solver.solve`, of which a part must be
-used.
+over a grid of bounds e, within the budgets of `regard.searchers.solver.solve`, of which a part must
+be used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.core.errors import ArgumentError
-from regard.search.solver import Numbers, front, solve
+from regard.searchers.solver import Numbers, front, solve
 
 Choice = NDArray[np.int64]
 ABOVE = 1e-6

@@ -30,8 +30,8 @@ from regard.core.passage import Passage, passage_of
 from regard.core.passing import by_head, passing
 from regard.core.searcher import SearcherCard
 from regard.probes.amp import contribution
-from regard.search.configuring import admits
-from regard.search.slimming import Kept, Pruned, parameters_of, pruned
+from regard.searchers.configuring import admits
+from regard.searchers.slimming import Kept, Pruned, parameters_of, pruned
 
 Keys = Literal["groups", "members"]
 Balance = Literal["parameters", "published"]

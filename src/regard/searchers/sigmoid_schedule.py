@@ -4,7 +4,7 @@ r"""Sigmoid schedule: the shares of tokens that layers keep, as a curve of two n
 
 The steepness k and the middle l0 are free, `least` follows from the budget, and every trial meets
 the budget exactly. They are tuned by Bayesian optimisation (optuna's tree-structured Parzen
-estimator, seeded). What a score is, see `regard.search.token_schedule`.
+estimator, seeded). What a score is, see `regard.searchers.token_schedule`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.searcher import SearcherCard
-from regard.search.token_schedule import TITLE, Remembered, Schedule, Score, Shares
+from regard.searchers.token_schedule import TITLE, Remembered, Schedule, Score, Shares
 
 STEEPNESS = (0.05, 8.0)
 """Bounds of k, per layer."""

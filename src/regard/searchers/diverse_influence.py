@@ -21,9 +21,9 @@ from regard.core.errors import ArgumentError
 from regard.core.passage import Passage
 from regard.core.scene import Scene
 from regard.core.searcher import SearcherCard
-from regard.search.bandit import ClusterBandit
-from regard.search.kronecker_influence import KroneckerInfluence, Maps
-from regard.search.series import Told
+from regard.searchers.bandit import ClusterBandit
+from regard.searchers.kronecker_influence import KroneckerInfluence, Maps
+from regard.searchers.series import Told
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,9 +29,9 @@ from regard.core.card import Claim, Paper
 from regard.core.errors import ArgumentError
 from regard.core.searcher import SearcherCard
 from regard.layers.convolved import Convolved
-from regard.search.architectures import Architectures, Choice
-from regard.search.exploring import Method, explore
-from regard.search.series import Told
+from regard.searchers.architectures import Architectures, Choice
+from regard.searchers.exploring import Method, explore
+from regard.searchers.series import Told
 from regard.tasks.task import Batch, Task
 
 WEIGHT_DECAY = 0.1

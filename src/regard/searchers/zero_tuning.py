@@ -21,7 +21,7 @@ from regard.core.errors import ArgumentError
 from regard.core.scene import Scene
 from regard.core.searcher import SearcherCard
 from regard.plan import Plan
-from regard.search.head_sets import (
+from regard.searchers.head_sets import (
     SAME,
     Heads,
     Objective,
@@ -30,7 +30,7 @@ from regard.search.head_sets import (
     plan_of_heads,
     treating,
 )
-from regard.search.judging import By
+from regard.searchers.judging import By
 from regard.treatments.initial_token import InitialToken
 
 GAMMAS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)

@@ -23,9 +23,9 @@ from regard.core.passage import Passage
 from regard.importance.influence import block_influence, influence
 from regard.lenses.gradient_attention import gradient_attention
 from regard.masks.elastic import Elastic
-from regard.search.judging import predicted, whole
-from regard.search.rules import Rule
-from regard.search.solver import Numbers
+from regard.searchers.judging import predicted, whole
+from regard.searchers.rules import Rule
+from regard.searchers.solver import Numbers
 from regard.treatments.moa import layout
 
 ROUNDING = 1e-9

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regard.core.passage import Passage
-from regard.search.answering import mean_loss
-from regard.search.fitting import Fitted, Sensitivity, chosen_plan, remembered, spent
-from regard.search.prices import Prices
-from regard.search.rules import plan_of
-from regard.search.series import Ahead, Series, Told
-from regard.search.solver import Numbers, solve
+from regard.searchers.answering import mean_loss
+from regard.searchers.fitting import Fitted, Sensitivity, chosen_plan, remembered, spent
+from regard.searchers.prices import Prices
+from regard.searchers.rules import plan_of
+from regard.searchers.series import Ahead, Series, Told
+from regard.searchers.solver import Numbers, solve
 
 NEAR = 2
 """Rules on both sides of the present one that a round may move to, besides the dearest."""

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from regard.core.errors import ArgumentError
-from regard.search.architectures import Architectures, Choice, Numbers
+from regard.searchers.architectures import Architectures, Choice, Numbers
 
 Method = Literal["random", "evolution", "ranking"]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from regard.core.errors import ArgumentError
 from regard.core.moment import Site
-from regard.search.rules import Group, Rule, Unit
+from regard.searchers.rules import Group, Rule, Unit
 
 Numbers = NDArray[np.float64]
 

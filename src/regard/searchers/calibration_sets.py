@@ -16,7 +16,7 @@ from regard.core.errors import ArgumentError
 from regard.core.scene import Scene
 from regard.core.searcher import SearcherCard
 from regard.plan import Plan
-from regard.search.head_sets import (
+from regard.searchers.head_sets import (
     SAME,
     Head,
     Heads,
@@ -25,7 +25,7 @@ from regard.search.head_sets import (
     plan_of_heads,
     treating,
 )
-from regard.search.judging import By
+from regard.searchers.judging import By
 from regard.treatments.sink_calibration import SinkCalibration
 
 

@@ -24,7 +24,7 @@ from regard.core.scene import Scene
 from regard.core.searcher import SearcherCard
 from regard.core.treatment import Treatment
 from regard.plan import Plan
-from regard.search.head_sets import Heads, Objective, plan_of_heads, treating, units
+from regard.searchers.head_sets import Heads, Objective, plan_of_heads, treating, units
 
 Told = Callable[[float, str], None]
 

@@ -9,7 +9,7 @@ r"""Elastic spans: for every head a window that grows with the prompt, found at 
 
 Density is tokens kept by tokens read. Layers use at most `distinct` rules, so that their heads can
 be gathered. Key heads, not query heads, get rules: heads that share keys add their effects. What
-counts in a loss is the answers, in the paper the model's own (`regard.search.own_answers`).
+counts in a loss is the answers, in the paper the model's own (`regard.searchers.own_answers`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from regard.core.passage import Passage
 from regard.core.searcher import SearcherCard
 from regard.plan import Plan
 from regard.plan.resolved import signature
-from regard.search.elastic_rules import elastic_rules, span_effects, span_losses
-from regard.search.fitting import decoder_sites
-from regard.search.judging import judged, whole
-from regard.search.pareto import Choice, pareto
-from regard.search.prices import kept
-from regard.search.rules import Group, groups_of, plan_of
-from regard.search.solver import Numbers
+from regard.searchers.elastic_rules import elastic_rules, span_effects, span_losses
+from regard.searchers.fitting import decoder_sites
+from regard.searchers.judging import judged, whole
+from regard.searchers.pareto import Choice, pareto
+from regard.searchers.prices import kept
+from regard.searchers.rules import Group, groups_of, plan_of
+from regard.searchers.solver import Numbers
 
 Told = Callable[[float, str], None]
 

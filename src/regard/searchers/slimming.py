@@ -22,8 +22,8 @@ from torch import nn
 from regard.core.errors import ArgumentError, UnsupportedError
 from regard.core.hosting import host_of
 from regard.core.linears import BlockLinears, blocks_of, norm_readers, paths
-from regard.search.configuring import UNITS, configured
-from regard.search.cuts import Cuts
+from regard.searchers.configuring import UNITS, configured
+from regard.searchers.cuts import Cuts
 
 Indices = tuple[int, ...]
 

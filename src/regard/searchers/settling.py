@@ -18,10 +18,10 @@ from torch import Tensor
 from regard.core.errors import UnsupportedError
 from regard.core.hosting import host_of
 from regard.core.linears import blocks_of, sides, weight_of
-from regard.search.configuring import admits
-from regard.search.gate_costs import Costs
-from regard.search.information_gates import Factors, InformationGates
-from regard.search.slimming import Indices, Kept
+from regard.searchers.configuring import admits
+from regard.searchers.gate_costs import Costs
+from regard.searchers.information_gates import Factors, InformationGates
+from regard.searchers.slimming import Indices, Kept
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from regard.core.passage import Passage
-from regard.search.prices import decoding_pace
-from regard.search.rules import Group, Rule, plan_of
+from regard.searchers.prices import decoding_pace
+from regard.searchers.rules import Group, Rule, plan_of
 
 
 def paces(

@@ -24,11 +24,11 @@ from regard.core.moment import Site
 from regard.core.passage import Passage, passage_of
 from regard.plan import Plan
 from regard.plan.resolved import default_sites, signature
-from regard.search.answering import mean_loss
-from regard.search.prices import Prices
-from regard.search.rules import Group, Rule, groups_of, plan_of
-from regard.search.series import Ahead, Series, Told
-from regard.search.solver import Numbers, solve
+from regard.searchers.answering import mean_loss
+from regard.searchers.prices import Prices
+from regard.searchers.rules import Group, Rule, groups_of, plan_of
+from regard.searchers.series import Ahead, Series, Told
+from regard.searchers.solver import Numbers, solve
 
 NEGLIGIBLE = 0.003
 """Nats per answer: a smaller rise of the loss is none."""

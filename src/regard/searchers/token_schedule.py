@@ -23,7 +23,7 @@ from regard.core.passage import Passage
 from regard.core.searcher import SearcherCard
 from regard.plan import Plan, Signature, Step
 from regard.plan.resolved import signature
-from regard.search.answering import mean_loss
+from regard.searchers.answering import mean_loss
 
 Shares = tuple[float, ...]
 Score = Callable[[Shares], float]
