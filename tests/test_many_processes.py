@@ -19,11 +19,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from regard.core.errors import ArgumentError, UnsupportedError
+from regard.recipes.duo_gates import GateTraining, Moves
 from regard.recipes.echo_att import echo_att
 from regard.recipes.minilm import minilm
 from regard.recipes.training import Progress, own_batches, trained
 from regard.recipes.tuning import Tuning, tuned
 from regard.searchers.vtrans import Bottleneck, Gating, vtrans
+from regard.tasks.task import Batch
 from regard.testing.tiny import prompt, tiny_decoder
 
 RATE = 1e-3
@@ -50,6 +52,7 @@ try:
     tuned(tiny_decoder(), [{"input_ids": torch.ones(1, 4).long()}] * 3, 2)
 except ArgumentError as error:
     (folder / f"error{state.process_index}").write_text(str(error))
+state.end_training()  # threads of the group must not outlive it
 """
 
 
@@ -113,7 +116,19 @@ def gates(stream: Any, watch: Any) -> Any:
     return vtrans(tiny_decoder(), stream, 4, 0.3, watch=watch).model
 
 
-RECIPES = {f.__name__: f for f in (tuning, thin, sharing, relations, gates)}
+def opening(stream: Any, watch: Any) -> Any:
+    """A lesson of nothing but gates, around a model that learns nothing."""
+    lesson = GateTraining(tiny_decoder(), sinks=1, recent=2)
+
+    def told(moved: Moves) -> None:
+        if watch is not None:
+            watch(Progress(moved.done, {"distance": moved.distance}))
+
+    lesson.run((Batch(x["input_ids"], x["input_ids"]) for x in stream), 3, told)
+    return lesson
+
+
+RECIPES = {f.__name__: f for f in (tuning, thin, sharing, relations, gates, opening)}
 """Training by a stream and who watches."""
 
 
@@ -164,7 +179,7 @@ def test_processes_learn_the_same(launched: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tuning", "sharing", "relations"])
+@pytest.mark.parametrize("name", ["tuning", "sharing", "relations", "opening"])
 def test_two_processes_do_what_one_does_on_batches_twice_as_large(
     launched: Path, name: str
 ) -> None:
@@ -175,7 +190,9 @@ def test_two_processes_do_what_one_does_on_batches_twice_as_large(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("tuning", 3), ("sharing", 4), ("gates", 4)])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("tuning", 3), ("sharing", 4), ("gates", 4), ("opening", 3)]
+)
 def test_no_batch_is_lost_or_seen_twice(launched: Path, name: str, steps: int) -> None:
     _, (one, other) = left(launched, name)
     assert one == list(range(0, 2 * steps, 2))
@@ -185,7 +202,8 @@ def test_no_batch_is_lost_or_seen_twice(launched: Path, name: str, steps: int) -
 @pytest.mark.slow
 def test_progress_is_told_once(launched: Path) -> None:
     lines = [line.split() for line in (launched / "told").read_text().splitlines()]
-    steps = {"tuning": [1, 2, 3], "thin": [1, 2, 3], "sharing": [1, 2, 1, 2]}
+    three = {name: [1, 2, 3] for name in ("tuning", "thin", "opening")}
+    steps = {**three, "sharing": [1, 2, 1, 2]}
     for name, expected in (steps | {"relations": [1, 2], "gates": [1, 2, 3, 4]}).items():
         assert [int(step) for who, step, _ in lines if who == name] == expected
 

@@ -28,6 +28,7 @@ from regard.core.hosting import Host, host_of
 from regard.core.incoming import Chosen
 from regard.core.moment import Moment, Site
 from regard.core.treatment import Treatment
+from regard.recipes.losses import of_task, targets_of
 from regard.recipes.training import Progress, frozen, trained
 from regard.tasks.task import IGNORED, Batch
 from regard.treatments.duo import check_stream, gated
@@ -102,10 +103,10 @@ class GateTraining(nn.Module):
         self.alpha = nn.Parameter(torch.ones(first.layers, first.kv_heads, device=device))
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The distance of the states on `inputs` and `targets`, and the penalty of open gates."""
+        """The distance of the states on a batch of `of_task`, and the penalty of open gates."""
         with torch.no_grad():
             self.alpha.clamp_(0, 1)
-        distance = self.distance(batch["inputs"], batch["targets"], self.alpha)
+        distance = self.distance(batch["input_ids"], targets_of(batch), self.alpha)
         return {"distance": distance, "open": PENALTY * self.alpha.abs().mean()}
 
     def distance(self, inputs: Tensor, targets: Tensor, gates: Tensor) -> Tensor:
@@ -113,8 +114,6 @@ class GateTraining(nn.Module):
         tokens of inputs (B,N) whose targets (B,N) supervise.
         """
         asked = targets != IGNORED
-        if not bool(asked.any()):
-            raise ArgumentError("batch.targets", "some supervised token", "none")
         outputs: dict[str, Tensor] = {}
         with torch.no_grad():
             wanted = self._hidden(inputs, Recorded(outputs))[asked]
@@ -151,7 +150,7 @@ class GateTraining(nn.Module):
             losses = moved.losses
             watch(Moves(moved.done, losses["distance"], losses["open"] / PENALTY))
 
-        given = ({"inputs": batch.inputs, "targets": batch.targets} for batch in batches)
+        given = of_task(batches)
         with frozen(self.model):
             trained(self, given, steps, rate=RATE, clip=math.inf, schedule=_factor, watch=told)
         return self.alpha.detach().clamp(0, 1)

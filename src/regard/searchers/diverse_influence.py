@@ -4,7 +4,7 @@ r"""Diverse influence: training samples that lower the loss on a reference set, 
     draw from the cluster with the largest upper confidence bound of mean I; keep those with I > tau
 
 W are the linear maps of the model's self-attention, or of its layers (`maps`); their factors A and
-S are those of the reference set (search/kronecker_influence.py). Only samples that are drawn cost a
+S are those of the reference set (kronecker_influence.py). Only samples that are drawn cost a
 backward pass. lam is `damping` times the mean eigenvalue of A (x) S. Drawing stops at `count`
 samples, or when every cluster is used up.
 """

@@ -3,7 +3,7 @@ r"""VTrans: a smaller model without the parts whose noisy gates carry no informa
     minimise  L(gated model) + beta sum_family w_family information + l1 (s - t) + l2 (s - t)^2
     over gates (and weights), maximise over l1, l2        s: the expected part that goes, t: `ratio`
 
-Gates of four families (search/information_gates.py) are trained with noise; t rises linearly over
+Gates of four families (information_gates.py) are trained with noise; t rises linearly over
 the first half. Those with more noise than signal go, the others' means are folded into the weights.
 L is the loss of the text; with a teacher, the divergence from its predictions and states.
 "full" learns gates and weights on all batches, "fast" on 3 % of them, again and again, "faster" on
