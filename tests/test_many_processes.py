@@ -30,6 +30,7 @@ from regard.testing.tiny import prompt, tiny_decoder
 
 RATE = 1e-3
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -52,7 +53,8 @@ try:
     tuned(tiny_decoder(), [{"input_ids": torch.ones(1, 4).long()}] * 3, 2)
 except ArgumentError as error:
     (folder / f"error{state.process_index}").write_text(str(error))
-state.end_training()  # threads of the group must not outlive it
+state.end_training()
+os._exit(0)  # all is done; torch's own threads may otherwise abort a process at its end
 """
 
 
