@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SLACK = 32
+SLACK = 128
 """A bucket grows by one part in this many of its keys (at least 4 keys)."""
 
 
