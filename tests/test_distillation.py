@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
 import sys
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,39 +291,3 @@ def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(UnsupportedError, match=r"regard\[train\]"):
         tuned(tiny_decoder(), [BATCH], 1)
-
-
-MANY = """
-import sys, torch
-from accelerate import PartialState
-from regard.recipes.tuning import tuned
-from regard.testing.tiny import prompt, tiny_decoder
-torch.set_num_threads(1)
-model = tiny_decoder()
-stream = [{"input_ids": prompt(8, seed=i)} for i in range(6)]
-tuned(model, stream, 3, rate=1e-3)
-state = PartialState()
-assert state.num_processes == 2, state.num_processes
-if state.is_main_process:
-    torch.save(model.state_dict(), sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does_on_batches_twice_as_large(tmp_path: Path) -> None:
-    (tmp_path / "many.py").write_text(MANY)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "many.py"), str(tmp_path / "weights.pt")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    single = tiny_decoder()
-    stream = [torch.cat([prompt(8, seed=2 * i), prompt(8, seed=2 * i + 1)]) for i in range(3)]
-    tuned(single, [{"input_ids": ids} for ids in stream], 3, rate=1e-3)
-    for name, weight in torch.load(tmp_path / "weights.pt", weights_only=True).items():
-        torch.testing.assert_close(weight, single.state_dict()[name], atol=1e-7, rtol=1e-6)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.scene import Scene
 from regard.core.study import Curve, Figure, Map, Outcome, Progress, StudyCard
 from regard.lenses.agreement import spearman
+from regard.searchers.calibration_sets import CARD as SEARCHER
 from regard.searchers.calibration_sets import CalibrationSets
 from regard.searchers.head_sets import every_head, judging, treating
 from regard.studies.searching.needles import pocket
@@ -78,14 +79,7 @@ class CalibratedHeads:
 CARD = StudyCard(
     name="calibrated_heads",
     build=CalibratedHeads,
-    papers=(
-        Paper(
-            "2406.15765",
-            "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models "
-            "without Training through Attention Calibration",
-            2024,
-        ),
-    ),
+    papers=SEARCHER.papers,
     claim=Claim(
         "most heads predict worse without their sinks, a few do not, and trials tell them apart",
         "regard study calibrated_heads",

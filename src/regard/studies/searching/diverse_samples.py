@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.passage import Passage
 from regard.core.scene import Scene
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.recipes.tuning import tuned
 from regard.searchers.bandit import clustered
+from regard.searchers.diverse_influence import CARD as SEARCHER
 from regard.searchers.diverse_influence import DiverseInfluence
 from regard.searchers.judging import judged
 from regard.searchers.kronecker_influence import KroneckerInfluence
@@ -160,14 +161,7 @@ def embedded(model: Any, texts: Tensor) -> Tensor:
 CARD = StudyCard(
     name="diverse_samples",
     build=DiverseSamples,
-    papers=(
-        Paper(
-            "2409.16986",
-            "Harnessing Diversity for Important Data Selection in Pretraining Large Language "
-            "Models",
-            2024,
-        ),
-    ),
+    papers=SEARCHER.papers,
     claim=Claim(
         "few samples need a backward pass to find texts that help more than chance, and more kinds "
         "of text than the highest influence alone",

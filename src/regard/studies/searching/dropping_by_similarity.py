@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.plan import Plan
 from regard.recipes.layer_similarity import drop_plan
+from regard.searchers.layer_dropping import CARD as SEARCHER
 from regard.searchers.layer_dropping import layer_dropping
 from regard.studies.searching.needles import pocket, questions, scores
 
@@ -76,9 +77,7 @@ class DroppingBySimilarity:
 CARD = StudyCard(
     name="dropping_by_similarity",
     build=DroppingBySimilarity,
-    papers=(
-        Paper("2406.15786", "What Matters in Transformers? Not All Attention is Needed", 2024),
-    ),
+    papers=SEARCHER.papers,
     claim=Claim(
         "without the sub-layers that turn the stream least a model loses less than without others",
         "regard study dropping_by_similarity",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.linears import blocks_of, weight_of
 from regard.core.passage import Passage
@@ -27,6 +27,7 @@ from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.recipes.gptq import Grid
 from regard.recipes.losses import soft_loss
 from regard.recipes.rotation import rotated
+from regard.recipes.rsq import CARD as RECIPE
 from regard.recipes.rsq import rsq
 from regard.recipes.token_importance import Importance
 from regard.studies.searching.needles import pocket, questions
@@ -115,11 +116,7 @@ def divergence(model: Any, other: Any, exam: list[Passage]) -> float:
 CARD = StudyCard(
     name="few_bits",
     build=FewBits,
-    papers=(
-        Paper(
-            "2503.01820", "RSQ: Learning from Important Tokens Leads to Better Quantized LLMs", 2025
-        ),
-    ),
+    papers=RECIPE.papers,
     claim=Claim(
         "in three bits, weights whose errors make up for one another lose less than half of what"
         " the nearest values lose",

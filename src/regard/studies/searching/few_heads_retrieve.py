@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.scene import Scene
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
+from regard.searchers.greedy_heads import CARD as SEARCHER
 from regard.searchers.greedy_heads import greedy_heads
 from regard.searchers.head_sets import Heads, Treated, every_head, judging, treating
 from regard.studies.searching.needles import pocket, questions
@@ -100,13 +101,7 @@ class FewHeadsRetrieve:
 CARD = StudyCard(
     name="few_heads_retrieve",
     build=FewHeadsRetrieve,
-    papers=(
-        Paper(
-            "2506.10978",
-            "Fine-Grained Perturbation Guidance via Attention Head Selection",
-            2025,
-        ),
-    ),
+    papers=SEARCHER.papers,
     claim=Claim(
         "two heads, found one after the other, undo retrieval as a whole layer does",
         "regard study few_heads_retrieve",

@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.searchers.sigmoid_schedule import tuned_schedule
-from regard.searchers.token_schedule import TITLE, Score, Shares, greedy_schedule, scored
+from regard.searchers.token_schedule import CARD as SEARCHER
+from regard.searchers.token_schedule import Score, Shares, greedy_schedule, scored
 from regard.studies.searching.needles import pocket, questions
 
 OPTIONS = {"window": 4, "kernel": 1}
@@ -102,7 +103,7 @@ def judge(score: Score, found: Shares, curve: Shares, budget: float) -> Outcome:
 CARD = StudyCard(
     name="fewer_tokens_deeper",
     build=FewerTokensDeeper,
-    papers=(Paper("2412.00556", TITLE, 2024),),
+    papers=SEARCHER.papers,
     claim=Claim(
         "with a share of its own for each layer a model answers from fewer tokens than with one",
         "regard study fewer_tokens_deeper",

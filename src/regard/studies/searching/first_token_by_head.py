@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.scene import Scene
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.searchers.head_sets import Head, Heads, every_head, judging, treating
 from regard.searchers.judging import By
+from regard.searchers.zero_tuning import CARD as SEARCHER
 from regard.searchers.zero_tuning import ZeroTuned, ZeroTuning
 from regard.studies.searching.needles import pocket
 from regard.studies.searching.texts import texts
@@ -91,7 +92,7 @@ def apart(alone: dict[Head, float], found: ZeroTuned) -> float:
 CARD = StudyCard(
     name="first_token_by_head",
     build=FirstTokenByHead,
-    papers=(Paper("2505.11739", "ZeroTuning: Unlocking the Initial Token's Power", 2025),),
+    papers=SEARCHER.papers,
     claim=Claim(
         "more weight on the first token helps some heads to predict, less helps others",
         "regard study first_token_by_head",

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Map, Outcome, Progress, StudyCard
 from regard.plan import Plan
 from regard.recipes.duo_plan import plan_from_gates
+from regard.searchers.retrieval_gates import CARD as SEARCHER
 from regard.searchers.retrieval_gates import RetrievalGates
 from regard.studies.searching.needles import pocket, questions, scores
 from regard.tasks.needle import Needle
@@ -101,13 +102,7 @@ class HalfTheHeadsStream:
 CARD = StudyCard(
     name="half_the_heads_stream",
     build=HalfTheHeadsStream,
-    papers=(
-        Paper(
-            "2410.10819",
-            "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
-            2024,
-        ),
-    ),
+    papers=SEARCHER.papers,
     claim=Claim(
         "half the key heads need only sinks and recent tokens, and retrieval stays intact",
         "regard study half_the_heads_stream",

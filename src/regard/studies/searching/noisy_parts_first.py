@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.recipes.losses import of_task
 from regard.searchers.judging import judged
 from regard.searchers.slimming import Pruned
+from regard.searchers.vtrans import CARD as SEARCHER
 from regard.searchers.vtrans import Bottleneck, Variant, vtrans
 from regard.studies.searching.needles import pocket
 from regard.studies.searching.random_parts import random_models
@@ -102,14 +103,7 @@ class NoisyPartsFirst:
 CARD = StudyCard(
     name="noisy_parts_first",
     build=NoisyPartsFirst,
-    papers=(
-        Paper(
-            "2406.05276",
-            "VTrans: Accelerating Transformer Compression with Variational Information Bottleneck "
-            "based Pruning",
-            2024,
-        ),
-    ),
+    papers=SEARCHER.papers,
     claim=Claim(
         "without the parts whose trained gates are noisiest a model loses less than without as many"
         " random ones",

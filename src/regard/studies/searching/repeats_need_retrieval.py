@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.passage import Passage
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.recipes.retrieval_heads import retrieval_scores
+from regard.searchers.sample_influence import CARD as SEARCHER
 from regard.searchers.sample_influence import Influential, SampleInfluence, top_heads
 from regard.studies.searching.needles import ROWS, pocket
 from regard.tasks.induction import Induction
@@ -128,14 +129,7 @@ def shares(low: Tensor, high: Tensor) -> list[tuple[float, float]]:
 CARD = StudyCard(
     name="repeats_need_retrieval",
     build=RepeatsNeedRetrieval,
-    papers=(
-        Paper(
-            "2505.07293",
-            "AttentionInfluence: Adopting Attention Head Influence for Weak-to-Strong Pretraining "
-            "Data Selection",
-            2025,
-        ),
-    ),
+    papers=SEARCHER.papers,
     claim=Claim(
         "texts that repeat what they said need the heads that retrieve, and not others as much",
         "regard study repeats_need_retrieval",

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.passage import Passage
 from regard.core.scene import Scene
@@ -31,6 +31,7 @@ from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.importance.map_similarity import head_similarity
 from regard.plan import Plan, Step
 from regard.probes.map_similarity import maps_of
+from regard.searchers.map_sharing import CARD as SEARCHER
 from regard.searchers.map_sharing import map_sharing
 from regard.studies.searching.needles import pocket, scores
 from regard.studies.searching.texts import texts
@@ -124,13 +125,7 @@ def _sharing(pair: tuple[int, int], head: int | None = None) -> Plan:
 CARD = StudyCard(
     name="sharing_by_likeness",
     build=SharingByLikeness,
-    papers=(
-        Paper(
-            "2409.14595",
-            "EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models",
-            2024,
-        ),
-    ),
+    papers=SEARCHER.papers,
     claim=Claim(
         "layers chosen for their like maps share one at less loss than others do",
         "regard study sharing_by_likeness",

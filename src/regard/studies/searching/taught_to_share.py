@@ -17,10 +17,11 @@ from itertools import count
 
 from torch import Tensor
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.plan import Plan
+from regard.recipes.echo_att import CARD as RECIPE
 from regard.recipes.echo_att import echo_att
 from regard.recipes.losses import of_task
 from regard.recipes.map_similarity import shared_plan
@@ -102,13 +103,7 @@ class TaughtToShare:
 CARD = StudyCard(
     name="taught_to_share",
     build=TaughtToShare,
-    papers=(
-        Paper(
-            "2409.14595",
-            "EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models",
-            2024,
-        ),
-    ),
+    papers=RECIPE.papers,
     claim=Claim(
         "of the loss that a shared map costs inner layers, distillation under the sharing gets most"
         " back",

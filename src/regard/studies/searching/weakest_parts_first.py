@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.recipes.losses import of_task
 from regard.recipes.tuning import tuned
+from regard.searchers.amp import CARD as SEARCHER
 from regard.searchers.amp import amp
 from regard.searchers.judging import judged
 from regard.studies.searching.needles import pocket, questions
@@ -105,7 +106,7 @@ class WeakestPartsFirst:
 CARD = StudyCard(
     name="weakest_parts_first",
     build=WeakestPartsFirst,
-    papers=(Paper("2504.21174", "Efficient LLMs with AMP: Attention Heads and MLP Pruning", 2025),),
+    papers=SEARCHER.papers,
     claim=Claim(
         "the heads and units that add least to the stream are those to take away, and tuning gets"
         " back most of what they gave",

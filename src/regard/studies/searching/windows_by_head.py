@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from regard.core.card import Claim, Paper
+from regard.core.card import Claim
 from regard.core.errors import ArgumentError
 from regard.core.passage import Passage
 from regard.core.study import Curve, Figure, Outcome, Progress, StudyCard
 from regard.plan import Plan, Step
+from regard.searchers.elastic_spans import CARD as SEARCHER
 from regard.searchers.elastic_spans import ElasticSpans
 from regard.searchers.fitting import decoder_sites
 from regard.searchers.own_answers import own_answers
@@ -119,13 +120,7 @@ def _dealt(plan: Plan, heads: Sequence[Group], random: np.random.Generator) -> P
 CARD = StudyCard(
     name="windows_by_head",
     build=WindowsByHead,
-    papers=(
-        Paper(
-            "2406.14909",
-            "MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression",
-            2024,
-        ),
-    ),
+    papers=SEARCHER.papers,
     claim=Claim(
         "windows fitted to each head keep what one window of the same density for all loses",
         "regard study windows_by_head",
