@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regard.core.errors import ArgumentError
+from regard.searchers.prices import Prices
 from regard.searchers.rules import Group, Rule, ladder, plan_of
 from regard.searchers.solver import Numbers, front, solve
 
@@ -80,6 +81,14 @@ def test_a_budget_that_cannot_be_met_says_which_can() -> None:
         solve(losses, costs, np.array([least * 0.9]))
     with pytest.raises(ArgumentError, match="finite"):
         solve(losses * np.nan, costs, np.array([9.0]))
+
+
+def test_a_budget_that_no_rule_saves_for_says_so() -> None:
+    """As where every rule takes as long as the untouched model."""
+    same = Prices(np.zeros((1, 2, 3)), np.ones(1))
+    assert same.room(1.0) == pytest.approx([0.0])
+    with pytest.raises(ArgumentError, match=r"expected 1: no rule costs less, got 0\.9"):
+        same.room(0.9)
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

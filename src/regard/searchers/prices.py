@@ -41,7 +41,8 @@ class Prices:
         """
         if not self.reaches(budget) or budget > 1:
             least = math.ceil(1e4 * self.least) / 1e4  # rounded up, so that it can be met
-            raise ArgumentError("budget", f"a part of {least:.4f} to 1 of the whole", budget)
+            span = f"a part of {least:.4f} to 1 of the whole"
+            raise ArgumentError("budget", span if least < 1 else "1: no rule costs less", budget)
         return budget - self.fixed
 
     @property
